@@ -1,0 +1,50 @@
+"""The adapter that is trained, and the assistant that turbo models need beside it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from simpletuner.config.fields import Opt, Section
+
+
+class AdapterSection(Section):
+    lora_type: Annotated[Literal["standard", "lycoris"], Opt(level="basic", spellings=(("lokr", "lycoris"),))] = (
+        "standard"
+    )
+    """The kind of adapter: standard (LoRA) or lycoris (LoKr and its relatives)."""
+
+    lora_rank: Annotated[int, Ge(1), Le(1024), Opt(level="basic", unit="channels")] = 16
+    """Inner dimension of each adapter pair. Memory and file size grow linearly with it; 4 to 16 suit a first try."""
+
+    lora_alpha: Annotated[float | None, Gt(0), Opt(shown_default="lora_rank")] = None
+    """The adapter's output is scaled by lora_alpha / lora_rank. Without a value it equals the rank (scale 1)."""
+
+    lora_dropout: Annotated[float, Ge(0), Lt(1), Opt()] = 0.0
+    """Share of the adapter's inputs that is zeroed in each training step."""
+
+    lora_targets: Annotated[Literal["attention", "attention+mlp", "all"], Opt(level="basic")] = "attention+mlp"
+    """Which layers get an adapter: attention, attention and MLP, or every linear layer of the blocks and refiners."""
+
+    peft_lora_target_modules: Annotated[tuple[str, ...] | None, Opt(level="expert")] = None
+    """Names of the modules that get an adapter, in place of lora_targets."""
+
+    init_lora: Annotated[str | None, Opt(holds="path")] = None
+    """LoRA file to start from, in place of a fresh adapter."""
+
+    assistant_lora_path: Annotated[str | None, Opt(holds="location", shown_default="by model_flavour")] = None
+    """Adapter that keeps a turbo model's few-step ability out of the trained weights: hub id, folder or file. turbo
+    and turbo-ostris-v2 fill it in."""
+
+    assistant_lora_weight_name: Annotated[str | None, Opt(shown_default="by model_flavour")] = None
+    """File of the assistant adapter inside assistant_lora_path."""
+
+    assistant_lora_strength: Annotated[float, Ge(0), Le(10), Opt()] = 1.0
+    """Weight of the assistant adapter while training."""
+
+    assistant_lora_inference_strength: Annotated[float, Ge(0), Le(10), Opt()] = 0.0
+    """Weight of the assistant adapter in validation images. 0 leaves it out, as at inference."""
+
+    disable_assistant_lora: Annotated[bool, Opt()] = False
+    """Train a turbo model without the assistant adapter. The result loses quality."""

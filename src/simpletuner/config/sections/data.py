@@ -1,0 +1,77 @@
+"""Datasets: defaults that a dataset inherits, buckets, captions and caches."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import Field
+
+from simpletuner.catalog.families import DEFAULT_FLAVOUR, FLAVOURS
+from simpletuner.config.fields import Opt, Section
+
+_DEFAULT = FLAVOURS[DEFAULT_FLAVOUR]
+
+ResolutionType = Literal["pixel", "area", "pixel_area"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+CAPTION_SPELLINGS = (("instance_prompt", "instanceprompt"), ("text_file", "textfile"))
+
+
+class DataSection(Section):
+    data_backend_config: Annotated[
+        str, Opt(level="basic", holds="path", shown_default="multidatabackend.json beside the configuration")
+    ] = "config/multidatabackend.json"
+    """The JSON file that lists the datasets."""
+
+    resolution: Annotated[float, Gt(0), Opt(level="basic")] = _DEFAULT.resolution
+    """Training resolution of datasets that name none, in the unit of resolution_type."""
+
+    resolution_type: Annotated[ResolutionType, Opt()] = _DEFAULT.resolution_type
+    """pixel: the shorter edge in px. area: megapixels. pixel_area: the edge in px of the square of the same area."""
+
+    aspect_bucket_rounding: Annotated[int, Ge(1), Le(9), Opt(level="expert", unit="decimals")] = 2
+    """Decimals of the aspect ratio that names a bucket."""
+
+    aspect_bucket_alignment: Annotated[int, Opt(unit="px", shown_default="by model_flavour")] = (
+        _DEFAULT.aspect_bucket_alignment
+    )
+    """Both edges of every training size are multiples of this: 16, 32, 48 or 64."""
+
+    minimum_image_size: Annotated[float | None, Gt(0), Opt()] = None
+    """Smaller images are left out, in the unit of resolution_type."""
+
+    maximum_image_size: Annotated[float | None, Gt(0), Opt()] = None
+    """Larger images are shrunk to target_downsample_size before they are cropped, in the unit of resolution_type."""
+
+    target_downsample_size: Annotated[float | None, Gt(0), Opt()] = None
+    """What images above maximum_image_size are shrunk to, in the unit of resolution_type."""
+
+    caption_strategy: Annotated[CaptionStrategy, Opt(level="basic", spellings=CAPTION_SPELLINGS)] = "filename"
+    """Where captions come from: the file name, a .txt file beside the image, or instance_prompt."""
+
+    instance_prompt: Annotated[str | None, Opt(level="basic")] = None
+    """The caption of every image with caption_strategy instanceprompt."""
+
+    caption_dropout_probability: Annotated[float, Ge(0), Le(1), Opt()] = 0.1
+    """Share of the steps that train with an empty caption."""
+
+    cache_dir: Annotated[str, Opt(holds="path", shown_default="<output_dir>/cache")] = ""
+    """Folder of the caches of latents and prompt embeddings."""
+
+    vae_batch_size: Annotated[int, Ge(1), Opt(unit="images")] = 4
+    """Images that the VAE encodes at once while it fills the cache."""
+
+    write_batch_size: Annotated[int, Ge(1), Opt(level="expert")] = 128
+    """Cache entries that are written at once."""
+
+    max_workers: Annotated[int, Ge(1), Opt(level="expert", shown_default="number of CPU cores")] = Field(
+        default_factory=lambda: os.cpu_count() or 1
+    )
+    """Threads that read and decode images."""
+
+    dataloader_prefetch: Annotated[bool, Opt(level="expert")] = True
+    """Read the next batches while the current one trains."""
+
+    dataloader_prefetch_qlen: Annotated[int, Ge(1), Opt(level="expert", unit="batches")] = 4
+    """How many batches are read ahead."""

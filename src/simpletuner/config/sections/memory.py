@@ -1,0 +1,44 @@
+"""Precision and what is traded for memory."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from simpletuner.catalog.precisions import PRECISION_SPELLINGS, PRECISIONS
+from simpletuner.config.fields import Opt, Section
+
+
+class MemorySection(Section):
+    mixed_precision: Annotated[Literal["bf16", "fp16", "no"], Opt(level="basic", spellings=(("fp32", "no"),))] = "bf16"
+    """Number format of the computation: bf16 on current GPUs, fp16 on older ones, no for float32."""
+
+    base_model_precision: Annotated[
+        str, Opt(level="basic", choices=tuple(PRECISIONS), spellings=PRECISION_SPELLINGS)
+    ] = "no_change"
+    """Quantisation of the frozen base model. int8 and nf4 are short for int8-torchao and nf4-bnb."""
+
+    base_model_default_dtype: Annotated[Literal["bf16", "fp32"], Opt()] = "bf16"
+    """Number format of the weights of the base model that are not quantised."""
+
+    gradient_checkpointing: Annotated[bool, Opt(level="basic")] = True
+    """Recompute activations in the backward pass: much less memory for about a third more time."""
+
+    gradient_checkpointing_interval: Annotated[int, Ge(1), Opt(unit="blocks")] = 1
+    """Checkpoint every n-th block. 2 and more are faster on larger GPUs."""
+
+    vae_enable_tiling: Annotated[bool, Opt()] = False
+    """Encode and decode large images in tiles: less memory."""
+
+    vae_enable_slicing: Annotated[bool, Opt()] = False
+    """Encode and decode a batch one image at a time: less memory."""
+
+    vae_dtype: Annotated[Literal["default", "bf16", "fp16", "fp32"], Opt(level="expert")] = "default"
+    """Number format of the VAE. default: bf16 on a GPU, fp32 on a CPU."""
+
+    keep_vae_loaded: Annotated[bool, Opt(level="expert")] = False
+    """Keep the VAE in memory between the cache and the validations."""
+
+    offload_during_startup: Annotated[bool, Opt()] = False
+    """While caching, keep only the text encoder or the VAE in GPU memory, never both."""

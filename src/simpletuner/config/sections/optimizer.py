@@ -1,0 +1,64 @@
+"""The optimizer, its schedule, the batch and clipping."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from simpletuner.catalog.optimizers import OPTIMIZERS
+from simpletuner.catalog.schedules import SCHEDULE_SPELLINGS, SCHEDULES
+from simpletuner.config.fields import Opt, Section
+
+
+class OptimizerSection(Section):
+    optimizer: Annotated[str, Opt(level="basic", choices=tuple(OPTIMIZERS))] = "adamw_bf16"
+    """The update rule. adamw_bf16 is a good first choice; lion wants a learning rate 3 to 10 times smaller."""
+
+    learning_rate: Annotated[float, Gt(0), Le(1), Opt(level="basic")] = 1e-4
+    """Step size at the height of the schedule."""
+
+    lr_scheduler: Annotated[
+        str, Opt(level="basic", choices=tuple(SCHEDULES), spellings=SCHEDULE_SPELLINGS)
+    ] = "constant_with_warmup"
+    """How the learning rate moves from the end of the warm-up to the end of the run."""
+
+    lr_warmup_steps: Annotated[int, Ge(0), Opt(level="basic", unit="steps")] = 0
+    """Updates over which the learning rate rises linearly from 0."""
+
+    lr_num_cycles: Annotated[int, Ge(1), Opt()] = 1
+    """Number of cycles of cosine_with_restarts and sine."""
+
+    lr_power: Annotated[float, Gt(0), Opt()] = 1.0
+    """Exponent of the polynomial schedule."""
+
+    lr_end: Annotated[float, Ge(0), Le(1), Opt()] = 0.0
+    """Learning rate at the end of the polynomial, linear, cosine and sine schedules."""
+
+    optimizer_beta1: Annotated[
+        float | None, Ge(0), Lt(1), Opt(aliases=("adam_beta1",), shown_default="by optimizer")
+    ] = None
+    """First momentum coefficient. Give both betas or neither."""
+
+    optimizer_beta2: Annotated[
+        float | None, Ge(0), Lt(1), Opt(aliases=("adam_beta2",), shown_default="by optimizer")
+    ] = None
+    """Second momentum coefficient. Give both betas or neither."""
+
+    adam_weight_decay: Annotated[float, Ge(0), Le(10), Opt(aliases=("weight_decay",))] = 0.01
+    """Decoupled weight decay."""
+
+    adam_epsilon: Annotated[float, Gt(0), Opt(level="expert")] = 1e-8
+    """Keeps the division of Adam's update finite."""
+
+    max_grad_norm: Annotated[float, Ge(0), Opt()] = 1.0
+    """Gradients are clipped to this norm. Lower it if training becomes unstable; 0 turns clipping off."""
+
+    grad_clip_method: Annotated[Literal["norm", "value"], Opt(level="expert")] = "norm"
+    """norm scales all gradients together; value clamps each element to max_grad_norm."""
+
+    train_batch_size: Annotated[int, Ge(1), Le(1024), Opt(level="basic", unit="images")] = 1
+    """Images in one forward pass. 1 suits small datasets and small cards."""
+
+    gradient_accumulation_steps: Annotated[int, Ge(1), Opt(level="basic")] = 1
+    """Forward passes per update. Raises the effective batch without more memory; time grows linearly."""

@@ -1,0 +1,74 @@
+"""Images that show what the adapter has learned."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import AfterValidator
+
+from simpletuner.catalog.families import DEFAULT_FLAVOUR, FLAVOURS
+from simpletuner.config.fields import Opt, Section
+from simpletuner.config.sizes import check_resolutions, parse_resolutions
+
+_DEFAULT = FLAVOURS[DEFAULT_FLAVOUR]
+
+
+class ValidationSection(Section):
+    validation_prompt: Annotated[str | None, Opt(level="basic")] = None
+    """The main prompt; mostly the caption of the subject or style."""
+
+    user_prompt_library: Annotated[str | None, Opt(level="basic", holds="path")] = None
+    """JSON file of further prompts: nickname -> prompt. The nickname becomes part of the image's file name."""
+
+    validation_negative_prompt: Annotated[str, Opt(keeps_empty=True)] = ""
+    """What guidance moves away from."""
+
+    validation_step_interval: Annotated[
+        int, Ge(0), Opt(level="basic", unit="steps", aliases=("validation_steps",))
+    ] = 100
+    """Make validation images every so many updates. 0 makes them only at the end."""
+
+    validation_resolution: Annotated[
+        str, Opt(level="basic", unit="px", shown_default="by model_flavour"), AfterValidator(check_resolutions)
+    ] = _DEFAULT.validation_resolution
+    """Size of the images: 1024x1024, one edge, or a list such as 1024x1024,1280x768. Numbers below 128 without an x
+    are megapixels."""
+
+    validation_guidance: Annotated[float, Ge(0), Le(30), Opt(level="basic", shown_default="by model_flavour")] = (
+        _DEFAULT.validation_guidance
+    )
+    """Guidance scale on Z-Image's scale, where 0 is off. Turbo models want 0 to 1, base 4 to 6."""
+
+    validation_num_inference_steps: Annotated[
+        int, Ge(1), Le(1000), Opt(level="basic", unit="steps", shown_default="by model_flavour")
+    ] = _DEFAULT.validation_num_inference_steps
+    """Sampling steps. Turbo models need 8, base 50 to 100."""
+
+    validation_sampling_shift: Annotated[float, Gt(0), Le(100), Opt(shown_default="by model_flavour")] = (
+        _DEFAULT.validation_sampling_shift
+    )
+    """Shift of the sampling schedule; independent of flow_schedule_shift, which is for training."""
+
+    validation_seed: Annotated[int, Ge(0), Le(2**31 - 1), Opt()] = 42
+    """Seed of the validation images; fixed, so that images of different steps can be compared."""
+
+    num_validation_images: Annotated[int, Ge(1), Le(64), Opt()] = 1
+    """Images per prompt and size, each with its own seed."""
+
+    validation_disable: Annotated[bool, Opt()] = False
+    """Make no validation images at all."""
+
+    validation_on_startup: Annotated[bool, Opt()] = False
+    """Validate before the first step of a resumed run too."""
+
+    disable_benchmark: Annotated[bool, Opt()] = False
+    """Leave out the images of the untrained base model, which later ones are compared with."""
+
+    validation_image_format: Annotated[Literal["png", "webp", "jpeg"], Opt(spellings=(("jpg", "jpeg"),))] = "png"
+    """File format of the images."""
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes of `validation_resolution`, each (width, height) px."""
+        return parse_resolutions(self.validation_resolution)
