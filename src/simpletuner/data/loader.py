@@ -1,0 +1,75 @@
+"""Batches in training order, read ahead of the step that needs them."""
+
+# Tensor shape letters: C latent channels, h w latent height and width.
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+from torch import Tensor
+
+from simpletuner.data.records import Sample
+from simpletuner.data.sampler import Sampler
+
+
+class Latents(Protocol):
+    """Where the loader reads latents; `latents.LatentStore` is one."""
+
+    def get(self, sample: Sample) -> Tensor:
+        """The sample's latent, [C, h, w] float32 on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of one rank. All samples are of one dataset and one bucket."""
+
+    latents: tuple[Tensor, ...]
+    """One [C, h, w] float32 CPU tensor per sample, scaled as the transformer wants them. Shared: never write to one."""
+    prompts: tuple[str, ...]
+    """One per sample, "" where the caption was dropped."""
+    samples: tuple[Sample, ...]
+    dataset_id: str
+    is_regularisation: bool
+
+
+def iterate_batches(
+    sampler: Sampler, latents: Latents, *, start: int, rank: int = 0, prefetch: int = 4
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches `start`, `start` + 1, ... without end.
+
+    Up to `prefetch` batches are read ahead in one thread (0: none). What that thread raises is raised here, at the
+    batch it belongs to. Closing the iterator, or dropping it, ends the thread.
+    """
+    regularisation = {dataset.id: dataset.is_regularisation for dataset in sampler.plan.datasets}
+
+    def load(index: int) -> Batch:
+        picks = sampler.picks(index, rank)
+        dataset_id = picks[0].sample.dataset_id
+        return Batch(
+            latents=tuple(latents.get(pick.sample) for pick in picks),
+            prompts=tuple(pick.prompt for pick in picks),
+            samples=tuple(pick.sample for pick in picks),
+            dataset_id=dataset_id,
+            is_regularisation=regularisation[dataset_id],
+        )
+
+    return map(load, count(start)) if prefetch == 0 else _ahead(load, start, prefetch)
+
+
+def _ahead(load: Callable[[int], Batch], start: int, prefetch: int) -> Iterator[Batch]:
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        pending = deque(pool.submit(load, index) for index in range(start, start + prefetch))
+        try:
+            for index in count(start + prefetch):
+                batch = pending.popleft().result()
+                pending.append(pool.submit(load, index))
+                yield batch
+        finally:
+            for future in pending:
+                future.cancel()

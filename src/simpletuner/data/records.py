@@ -1,0 +1,116 @@
+"""The values that flow through the data layer, from a file on disk to a planned run. No torch.
+
+`size` is (width, height) in px, always of the upright image: EXIF orientation is already applied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRecord:
+    """One image file, known from its header and the hash of its bytes."""
+
+    path: Path
+    key: str
+    """Path inside the dataset's folder with forward slashes: `cats/tom.jpg`."""
+    size: Size
+    size_bytes: int
+    mtime_ns: int
+    content_id: str
+    """Hash of the file's bytes, 32 hex digits. Renaming or moving a file does not change it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """How an image becomes a training picture: resize to `intermediary`, then cut `target` out of it at `crop`."""
+
+    target: Size
+    intermediary: Size
+    """Both edges are at least the target's; the aspect is the image's own, to the nearest pixel."""
+    crop: tuple[int, int]
+    """(left, top) of the cut inside the intermediary, px."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One image as one dataset uses it. A file used by two datasets is two samples."""
+
+    dataset_id: str
+    record: ImageRecord
+    geometry: Geometry
+    captions: tuple[str, ...]
+    """At least one, none empty. The sampler picks one per visit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bucket:
+    """The samples of a dataset that share a target size, and so a latent shape."""
+
+    size: Size
+    samples: tuple[Sample, ...]
+
+
+class DropReason(str, Enum):
+    """Why a readable image is not used. Each follows from an option of the dataset."""
+
+    TOO_SMALL = "too_small"
+    ASPECT = "aspect"
+    UPSCALE = "upscale"
+    LIMIT = "limit"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dropped:
+    """One image that the dataset's options leave out."""
+
+    key: str
+    reason: DropReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetPlan:
+    """What one dataset contributes to the run."""
+
+    id: str
+    buckets: tuple[Bucket, ...]
+    repeats: int
+    """Extra passes per epoch: n images are seen n * (repeats + 1) times."""
+    probability: float
+    is_regularisation: bool
+    caption_dropout_probability: float
+    dropped: tuple[Dropped, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Images in use, each counted once."""
+        return sum(len(bucket.samples) for bucket in self.buckets)
+
+    def count_dropped(self, reason: DropReason) -> int:
+        """How many images were left out for `reason`."""
+        return sum(dropped.reason is reason for dropped in self.dropped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every sample of a run, in an order that depends only on the images' content."""
+
+    datasets: tuple[DatasetPlan, ...]
+    fingerprint: str
+    """Changes when, and only when, something changes that training can see."""
+
+    def samples(self) -> tuple[Sample, ...]:
+        """All samples of all datasets, in plan order."""
+        return tuple(s for dataset in self.datasets for bucket in dataset.buckets for s in bucket.samples)
+
+    def prompts(self) -> tuple[str, ...]:
+        """Every prompt that the sampler can hand out, sorted, each once; "" if captions may be dropped."""
+        captions = {caption for sample in self.samples() for caption in sample.captions}
+        if any(dataset.caption_dropout_probability > 0 for dataset in self.datasets):
+            captions.add("")
+        return tuple(sorted(captions))
