@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simpletuner.models.z_image.kernels import gated_residual, norm_rope, rms_norm, scaled_rms_norm, swiglu
+from simpletuner.models.z_image.kernels import add_normalised, normalise, rotate, swiglu
 
 TOKEN_MULTIPLE = 32  # image and caption tokens are each padded to a multiple of it, with learned tokens
 MODULATION_WIDTH = 256
@@ -89,7 +89,7 @@ class ZImageTransformerConfig:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019) with a learned scale; statistics in float32."""
+    """Root-mean-square norm with a learned scale."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return normalise(x, self.weight, self.eps)
 
 
 class TimestepEmbedder(nn.Module):
@@ -133,8 +133,8 @@ class Attention(nn.Module):
 
     def forward(self, x_GSD: Tensor, layout: Layout) -> Tensor:
         heads = (self.num_heads, -1)
-        q = norm_rope(self.to_q(x_GSD).unflatten(-1, heads), self.norm_q.weight, layout.rotation, self.norm_q.eps)
-        k = norm_rope(self.to_k(x_GSD).unflatten(-1, heads), self.norm_k.weight, layout.rotation, self.norm_k.eps)
+        q = rotate(self.norm_q(self.to_q(x_GSD).unflatten(-1, heads)), layout.rotation)
+        k = rotate(self.norm_k(self.to_k(x_GSD).unflatten(-1, heads)), layout.rotation)
         v = self.to_v(x_GSD).unflatten(-1, heads)
         if layout.is_uniform:
             mixed = _attend(q, k, v)
@@ -182,15 +182,16 @@ class Block(nn.Module):
             out: Tensor = x_GSD + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x_GSD)))
             return out
         scale_attn, gate_attn, scale_ffn, gate_ffn = self.adaLN_modulation(time_BD).chunk(4, dim=-1)
-        spread = layout.spread
-        h = scaled_rms_norm(x_GSD, self.attention_norm1.weight, spread(1 + scale_attn), self.attention_norm1.eps)
-        h = self.attention(h, layout)
-        x_GSD = gated_residual(
-            x_GSD, h, self.attention_norm2.weight, spread(gate_attn.tanh()), self.attention_norm2.eps
+        norm = self.attention_norm1
+        h = normalise(x_GSD, layout.spread(norm.weight * (1 + scale_attn)), norm.eps)
+        norm = self.attention_norm2
+        x_GSD = add_normalised(
+            x_GSD, self.attention(h, layout), layout.spread(norm.weight * gate_attn.tanh()), norm.eps
         )
-        h = scaled_rms_norm(x_GSD, self.ffn_norm1.weight, spread(1 + scale_ffn), self.ffn_norm1.eps)
-        h = self.feed_forward(h)
-        return gated_residual(x_GSD, h, self.ffn_norm2.weight, spread(gate_ffn.tanh()), self.ffn_norm2.eps)
+        norm = self.ffn_norm1
+        h = normalise(x_GSD, layout.spread(norm.weight * (1 + scale_ffn)), norm.eps)
+        norm = self.ffn_norm2
+        return add_normalised(x_GSD, self.feed_forward(h), layout.spread(norm.weight * gate_ffn.tanh()), norm.eps)
 
 
 class FinalLayer(nn.Module):
