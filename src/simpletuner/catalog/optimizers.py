@@ -17,8 +17,9 @@ class Optimizer:
 
 
 _KNOWN_ONLY = (
-    "adamw_schedulefree", "adamw_schedulefree+aggressive", "adamw_schedulefree+no_kahan", "adamw_fused", "adamw_torchao", "ao-adamw8bit", "ao-adamw4bit",
-    "ao-adamfp8", "ao-adamwfp8", "adafactor", "prodigy", "soap", "muon", "dion", "stochastic-lion",
+    "adamw_schedulefree", "adamw_schedulefree+aggressive", "adamw_schedulefree+no_kahan", "adamw_fused",
+    "adamw_torchao", "ao-adamw8bit", "ao-adamw4bit", "ao-adamfp8", "ao-adamwfp8", "adafactor", "prodigy", "soap",
+    "muon", "dion", "stochastic-lion",
     "optimi-stableadamw", "optimi-adamw", "optimi-lion", "optimi-radam", "optimi-ranger", "optimi-adan",
     "optimi-adam", "optimi-sgd", "bnb-adagrad", "bnb-adagrad8bit", "bnb-adam", "bnb-adam8bit", "bnb-adamw",
     "bnb-adamw8bit", "bnb-adamw-paged", "bnb-adamw8bit-paged", "bnb-ademamix", "bnb-ademamix8bit",

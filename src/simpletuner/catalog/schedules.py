@@ -29,7 +29,7 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
             Schedule(name="cosine", ends=True),
             Schedule(name="cosine_with_restarts", ends=True, cycles=True),
             Schedule(name="polynomial", ends=True, power=True),
-            Schedule(name="sine", ends=True, cycles=True),
+            Schedule(name="sine", warms_up=False, ends=True, cycles=True),
         )
     }
 )

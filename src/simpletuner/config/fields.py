@@ -17,17 +17,18 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 Level = Literal["basic", "advanced", "expert"]
 Kind = Literal["flag", "integer", "number", "text", "list"]
-Holds = Literal["text", "path", "location"]
+Holds = Literal["text", "path", "location", "json", "prompts", "aspects"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opt:
     """What a type cannot say about an option.
 
-    `holds`: "path" is a file or folder of this machine, "location" a folder or a hub id. `aliases`: other names of
-    the option. `choices`: the allowed texts, if they come from a catalog. `spellings`: accepted spelling -> choice.
-    `keeps_empty`: "" is a value of its own rather than "not set". `shown_default`: how the reference shows a default
-    that is computed.
+    `holds`: "path" is a file or folder of this machine, "location" a folder or a hub id, "json" text or an object,
+    "prompts" one text or a list of them, "aspects" numbers or objects. `aliases`: other names of the option.
+    `choices`: the allowed texts, if they come from a catalog. `spellings`: accepted spelling -> choice.
+    `keeps_empty`: "" is a value of its own rather than "not set". `shown_default`: how the reference shows a
+    default that is computed.
     """
 
     level: Level = "advanced"
@@ -85,6 +86,7 @@ class Option:
     kind: Kind
     default: object
     optional: bool
+    required: bool
     choices: tuple[str, ...]
     bounds: tuple[str, ...]
     help: str
@@ -106,8 +108,9 @@ def _describe_field(name: str, section: str, info: FieldInfo) -> Option:
         name=name,
         section=section,
         kind=kind,
-        default=info.get_default(call_default_factory=True, validated_data={}),
+        default=None if info.is_required() else info.get_default(call_default_factory=True, validated_data={}),
         optional=optional,
+        required=info.is_required(),
         choices=choices or opt.choices,
         bounds=tuple(_bounds(info.metadata)),
         help=" ".join(info.description.split()),

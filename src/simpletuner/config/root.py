@@ -49,7 +49,8 @@ def sections() -> Mapping[str, type[Section]]:
     """Section name -> its class, in the order of the reference."""
     found: dict[str, type[Section]] = {}
     for name, info in Config.model_fields.items():
-        assert isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+        assert isinstance(info.annotation, type)
+        assert issubclass(info.annotation, Section)
         found[name] = info.annotation
     return MappingProxyType(found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MultipleOf
 from pydantic import Field
 
 from simpletuner.catalog.families import DEFAULT_FLAVOUR, FLAVOURS
@@ -33,10 +33,10 @@ class DataSection(Section):
     aspect_bucket_rounding: Annotated[int, Ge(1), Le(9), Opt(level="expert", unit="decimals")] = 2
     """Decimals of the aspect ratio that names a bucket."""
 
-    aspect_bucket_alignment: Annotated[int, Opt(unit="px", shown_default="by model_flavour")] = (
-        _DEFAULT.aspect_bucket_alignment
-    )
-    """Both edges of every training size are multiples of this: 16, 32, 48 or 64."""
+    aspect_bucket_alignment: Annotated[
+        int, Ge(16), Le(256), MultipleOf(16), Opt(unit="px", shown_default="by model_flavour")
+    ] = _DEFAULT.aspect_bucket_alignment
+    """Both edges of every training size are multiples of this; it must itself be a multiple of 16."""
 
     minimum_image_size: Annotated[float | None, Gt(0), Opt()] = None
     """Smaller images are left out, in the unit of resolution_type."""

@@ -19,5 +19,5 @@ class TrackingSection(Section):
     tracker_run_name: Annotated[str | None, Opt(shown_default="name of output_dir")] = None
     """Name of the run at the tracker."""
 
-    webhook_config: Annotated[str | None, Opt()] = None
+    webhook_config: Annotated[str | None, Opt(holds="json")] = None
     """JSON, or a JSON file, that says where to send messages about the run."""

@@ -24,9 +24,9 @@ class ValidationSection(Section):
     validation_negative_prompt: Annotated[str, Opt(keeps_empty=True)] = ""
     """What guidance moves away from."""
 
-    validation_step_interval: Annotated[
-        int, Ge(0), Opt(level="basic", unit="steps", aliases=("validation_steps",))
-    ] = 100
+    validation_step_interval: Annotated[int, Ge(0), Opt(level="basic", unit="steps", aliases=("validation_steps",))] = (
+        100
+    )
     """Make validation images every so many updates. 0 makes them only at the end."""
 
     validation_resolution: Annotated[

@@ -1,0 +1,168 @@
+"""Options that configurations written for upstream carry and that this version lacks. Standard library only.
+
+Each is met with a warning that names it, never with silence; where leaving it out would change what is trained, the
+run is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+
+
+class Effect(str, Enum):
+    """What a run lacks without the option."""
+
+    RESULT = "result"
+    MEMORY = "memory"
+    SPEED = "speed"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpstreamOption:
+    """`is_flag`: takes true or false. `inert`: values that ask for nothing, besides false, none, 0 and "" """
+
+    name: str
+    effect: Effect
+    is_flag: bool = False
+    inert: tuple[str, ...] = ()
+
+
+_RESULT_FLAGS = """
+    controlnet control use_dora slider_lora_target flow_use_beta_schedule mixflow_enabled offset_noise
+    train_text_encoder xm_enabled nextlat_enabled irepa_enabled crepa_enabled layersync_enabled
+    internal_guidance_enabled twinflow_enabled diff2flow_enabled tread_enabled lr_scale lr_scale_sqrt
+"""
+_RESULT_VALUES = """
+    peft_lora_mode=standard lora_init_type=default singlora_ramp_up_steps init_lokr_norm
+    flow_cubic_schedule_weights flow_custom_timesteps distillation_method distillation_config tread_config
+    diffusion_blocks_config input_perturbation timestep_bias_strategy scheduled_sampling_max_step_offset
+    scheduled_sampling_probability prediction_type=flow_matching optimizer_config
+    qwen_text_encoder_model_name_or_path
+"""
+_MEMORY_FLAGS = """
+    enable_group_offload group_offload_use_stream group_offload_text_encoder group_offload_vae ramtorch
+    ramtorch_text_encoder ramtorch_vae ramtorch_disable_sync_hooks ramtorch_disable_extensions quantize_activations
+    vae_enable_patch_conv offload_during_save optimizer_release_gradients optimizer_offload_gradients
+    gradient_checkpointing_offload_attention gradient_checkpointing_offload_prefetch set_grads_to_none fsdp_enable
+    fsdp_cpu_offload
+"""
+_MEMORY_VALUES = """
+    group_offload_type group_offload_blocks_per_group group_offload_to_disk_path ramtorch_target_modules
+    ramtorch_transformer_percent ramtorch_text_encoder_percent musubi_blocks_to_swap musubi_block_swap_device=cpu
+    text_encoder_precision text_encoder_1_precision text_encoder_2_precision text_encoder_3_precision
+    text_encoder_4_precision quantization_config optimizer_cpu_offload_method deepspeed_config
+    gradient_checkpointing_segment_stride gradient_checkpointing_backend=torch
+    gradient_checkpointing_offload_pin_memory_max_buckets accelerator_cache_clear_interval
+"""
+_SPEED_FLAGS = """
+    fuse_optimizer fuse_qkv_projections disable_tf32 dynamo_fullgraph dynamo_dynamic
+    dynamo_use_regional_compilation use_xformers
+"""
+_SPEED_VALUES = "attention_mechanism=diffusers sageattention_usage dynamo_backend dynamo_mode"
+_OTHER_FLAGS = """
+    use_ema ema_cpu_only ema_foreach_disable i_know_what_i_am_doing seed_for_each_device=true trust_remote_code
+    delete_model_after_load strict_epoch_limit ignore_final_epochs validation_prompt_library validation_preview
+    validation_randomize validation_disable_unconditional=true validation_using_datasets eval_loss_disable
+    enable_watermark override_dataset_config allow_dataset_oversubscription disable_bucket_pruning
+    vae_cache_ondemand vae_cache_disable vae_cache_preprocess=true text_cache_ondemand text_cache_disable
+    compress_disk_cache preserve_data_backend_cache aspect_bucket_disable_rebuild ignore_missing_files
+    delete_problematic_images delete_unwanted_images print_filenames print_sampler_statistics debug_aspect_buckets
+    debug_dataset_loader push_checkpoints_to_hub push_to_hub_background model_card_private
+    model_card_safe_for_work checkpointing_use_tempdir delete_invalid_checkpoints same_network
+    find_unused_parameters disable_segmented_timestep_sampling reflexflow validation_torch_compile
+    disable_multiline_split skip_file_discovery fsdp_reshard_after_forward fsdp_cpu_ram_efficient_loading
+    fsdp_limit_all_gathers fsdp_activation_checkpointing use_soft_min_snr rescale_betas_zero_snr
+"""
+_OTHER_VALUES = """
+    ema_device=cpu ema_update_interval ema_decay ema_warmup_steps ema_validation lycoris_config lora_format
+    init_lora_step init_lora_ema validation_lycoris_strength quantize_via gradient_precision huber_schedule huber_c
+    masked_loss_probability=1,1.0 input_perturbation_steps noise_offset noise_offset_probability
+    flow_beta_schedule_alpha flow_beta_schedule_beta flow_timesteps_mode mixflow_gamma
+    scheduled_sampling_strategy scheduled_sampling_prob_start scheduled_sampling_prob_end
+    scheduled_sampling_ramp_steps scheduled_sampling_start_step scheduled_sampling_ramp_shape
+    scheduled_sampling_sampler scheduled_sampling_order snr_gamma snr_weight timestep_bias_begin timestep_bias_end
+    timestep_bias_multiplier timestep_bias_portion sdnq_weights_dtype sdnq_quantized_matmul_dtype sdnq_group_size
+    sdnq_use_quantized_matmul sdnq_compile_mode sdnq_use_hadamard sdnq_hadamard_group_size
+    validation_preview_steps=1 validation_epoch_interval validate_after_step validate_after_epoch
+    validation_seed_source=cpu validation_image_quality validation_noise_scheduler validation_multigpu
+    eval_dataset_id num_eval_images validation_stitch_input_location validation_adapter_path
+    validation_adapter_name validation_adapter_strength validation_adapter_mode validation_adapter_config
+    validation_method=simpletuner-local validation_external_script validation_external_background
+    evaluation_type pretrained_evaluation_model_name_or_path eval_steps_interval eval_epoch_interval
+    eval_timesteps eval_dataset_pooling inference_scheduler_timestep_spacing training_scheduler_timestep_spacing
+    data_backend_sampling vae_cache_scan_behaviour read_batch_size image_processing_batch_size
+    text_encoder_batch_size aspect_bucket_worker_count torch_num_threads metadata_update_interval
+    max_upscale_threshold tracker_image_layout custom_tracker logging_dir cache_dir_text
+    checkpoint_epoch_interval checkpointing_rolling_steps checkpoints_rolling_total_limit disk_low_threshold
+    disk_low_action disk_low_script model_card_note modelspec_comment publishing_config post_checkpoint_script
+    post_upload_script webhook_reporting_interval num_machines=1 main_process_ip main_process_port machine_rank
+    accelerate_config accelerate_extra_args fsdp_version fsdp_state_dict_type fsdp_auto_wrap_policy
+    fsdp_transformer_layer_cls_to_wrap context_parallel_size=1 context_parallel_comm_strategy hub_token
+"""
+
+_TABLES = (
+    (Effect.RESULT, True, _RESULT_FLAGS),
+    (Effect.RESULT, False, _RESULT_VALUES),
+    (Effect.MEMORY, True, _MEMORY_FLAGS),
+    (Effect.MEMORY, False, _MEMORY_VALUES),
+    (Effect.SPEED, True, _SPEED_FLAGS),
+    (Effect.SPEED, False, _SPEED_VALUES),
+    (Effect.OTHER, True, _OTHER_FLAGS),
+    (Effect.OTHER, False, _OTHER_VALUES),
+)
+
+
+def _rows_of(table: str, effect: Effect, *, is_flag: bool) -> Iterator[UpstreamOption]:
+    for word in table.split():
+        name, _, inert = word.partition("=")
+        values = tuple(inert.split(",")) if inert else ()
+        yield UpstreamOption(name=name, effect=effect, is_flag=is_flag, inert=values)
+
+
+UPSTREAM: Mapping[str, UpstreamOption] = MappingProxyType(
+    {row.name: row for effect, is_flag, table in _TABLES for row in _rows_of(table, effect, is_flag=is_flag)}
+)
+"""Options that this version lacks."""
+
+_DATASET_RESULT = """
+    caption_filter_list caption_shuffle slider_strength timestep_sampling_offset conditioning_data conditioning
+    conditioning_type source_dataset_id start_epoch=1 start_step=1,0 end_epoch end_step disable_after_epoch_step
+    image_embeds mask_type
+"""
+_DATASET_OTHER = """
+    compress_cache preserve_data_backend_cache metadata_update_interval vae_cache_clear_each_epoch vae_cache_ondemand
+    vae_cache_disable parquet csv_file csv_caption_column csv_url_column csv_cache_dir aws_bucket_name
+    aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_session_token
+    aws_max_pool_connections aws_data_prefix dataset_name split revision image_column caption_column huggingface
+    delete_unwanted_images delete_problematic_images delete_nsfw_images disable_validation hash_filenames
+    ignore_epochs text_encoder_batch_size text_cache_ondemand text_cache_disable memory_filesystem_path
+    memory_filesystem_size memory_filesystem_sudo video audio num_frames
+"""
+
+DATASET_UPSTREAM: Mapping[str, UpstreamOption] = MappingProxyType(
+    {
+        row.name: row
+        for effect, table in ((Effect.RESULT, _DATASET_RESULT), (Effect.OTHER, _DATASET_OTHER))
+        for row in _rows_of(table, effect, is_flag=False)
+    }
+)
+"""Keys of multidatabackend.json that this version lacks."""
+
+IGNORED_KEYS = frozenset(("ez_model_type", "repeats"))
+"""Leftovers of upstream's forms in configuration files; they never meant anything to a run."""
+
+IGNORED_PREFIXES = ("__", "aspect_ratio_bucket")
+
+_OFF_WORDS = frozenset(("", "false", "no", "off", "none", "null", "no_change", "0", "0.0", "default"))
+
+
+def asks_for_something(option: UpstreamOption, value: object) -> bool:
+    """Whether `value` turns something on that a run would then lack."""
+    if value is None or value == [] or value == {}:
+        return False
+    word = str(value).strip().lower()
+    return word not in _OFF_WORDS and word not in option.inert

@@ -1,0 +1,174 @@
+"""What the datasets file (multidatabackend.json) may say about images and about the cache of prompt embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, ConfigDict
+
+from simpletuner.config.fields import Opt, Option, Section, describe
+from simpletuner.config.sections.data import CAPTION_SPELLINGS, CaptionStrategy, ResolutionType
+
+_CENTER = (("centre", "center"), ("centered", "center"))
+
+
+class AspectBucket(BaseModel):
+    """One entry of crop_aspect_buckets: width / height, and how often it is drawn relative to the others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    aspect: Annotated[float, Gt(0)]
+    weight: Annotated[float, Gt(0)] = 1.0
+
+
+class ImageDataset(Section):
+    """One folder of training images. Values it does not name come from the run's configuration."""
+
+    id: Annotated[str, Opt(level="basic")]
+    """Unique name of the dataset."""
+
+    type: Annotated[Literal["local"], Opt()] = "local"
+    """Where the images are. This version reads local folders."""
+
+    dataset_type: Annotated[Literal["image"], Opt()] = "image"
+    """What the entry is: image, or text_embeds for the cache of prompt embeddings."""
+
+    disabled: Annotated[bool, Opt(aliases=("disable",))] = False
+    """Leave the dataset out."""
+
+    instance_data_dir: Annotated[str, Opt(level="basic", holds="path")]
+    """Folder of the images; its subfolders are read too."""
+
+    resolution: Annotated[float, Gt(0), Opt(level="basic")] = 1024
+    """Training resolution, in the unit of resolution_type."""
+
+    resolution_type: Annotated[ResolutionType, Opt()] = "pixel_area"
+    """pixel: the shorter edge in px. area: megapixels. pixel_area: the edge in px of the square of the same area."""
+
+    minimum_image_size: Annotated[float | None, Gt(0), Opt()] = None
+    """Smaller images are left out, in the unit of resolution_type."""
+
+    maximum_image_size: Annotated[float | None, Gt(0), Opt()] = None
+    """Larger images are shrunk to target_downsample_size before they are cropped."""
+
+    target_downsample_size: Annotated[float | None, Gt(0), Opt()] = None
+    """What images above maximum_image_size are shrunk to."""
+
+    minimum_aspect_ratio: Annotated[float | None, Gt(0), Opt()] = None
+    """Images with a smaller width / height are left out."""
+
+    maximum_aspect_ratio: Annotated[float | None, Gt(0), Opt()] = None
+    """Images with a larger width / height are left out."""
+
+    crop: Annotated[bool, Opt(level="basic")] = False
+    """Crop to crop_aspect. Without it every image keeps its aspect, up to the rounding of its bucket."""
+
+    crop_style: Annotated[Literal["random", "center", "corner"], Opt(spellings=_CENTER)] = "random"
+    """Which part of the image a crop keeps."""
+
+    crop_aspect: Annotated[Literal["square", "preserve", "closest", "random"], Opt()] = "square"
+    """Shape of a crop. closest and random choose from crop_aspect_buckets."""
+
+    crop_aspect_buckets: Annotated[tuple[AspectBucket, ...], Opt(holds="aspects")] = ()
+    """Shapes for crop_aspect closest and random: numbers, or objects with aspect and weight."""
+
+    max_upscale_threshold: Annotated[float | None, Ge(0), Opt()] = None
+    """With crop_aspect closest or random: leave out shapes that need more enlargement than 1 plus this."""
+
+    caption_strategy: Annotated[CaptionStrategy, Opt(level="basic", spellings=CAPTION_SPELLINGS)] = "filename"
+    """Where captions come from: the file name, a .txt file beside the image, or instance_prompt."""
+
+    instance_prompt: Annotated[tuple[str, ...], Opt(level="basic", holds="prompts")] = ()
+    """The caption of every image with caption_strategy instanceprompt. Of a list, one is drawn per visit."""
+
+    prepend_instance_prompt: Annotated[bool, Opt()] = False
+    """Put instance_prompt before captions of another strategy."""
+
+    only_instance_prompt: Annotated[bool, Opt()] = False
+    """Use instance_prompt whatever caption_strategy says."""
+
+    disable_multiline_split: Annotated[bool, Opt()] = False
+    """Take a caption file as one caption. Otherwise every line is one, and one is drawn per visit."""
+
+    caption_dropout_probability: Annotated[float, Ge(0), Le(1), Opt()] = 0.1
+    """Share of the visits that train with an empty caption."""
+
+    repeats: Annotated[int, Ge(0), Opt(level="basic")] = 0
+    """Extra passes per epoch: with 0 an image is seen once, with 9 ten times."""
+
+    probability: Annotated[float, Ge(0), Opt()] = 1.0
+    """How often the dataset is drawn, relative to its share of the images."""
+
+    max_num_samples: Annotated[int | None, Ge(1), Opt(unit="images")] = None
+    """Use only so many images, always the same ones."""
+
+    is_regularisation_data: Annotated[bool, Opt(aliases=("is_regularization_data",))] = False
+    """Images that keep the model as it was: it trains towards what it predicts without the adapter."""
+
+    train_batch_size: Annotated[int, Ge(1), Le(1024), Opt(unit="images")] = 1
+    """Images in one forward pass."""
+
+    cache_dir_vae: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/vae/<id>")] = ""
+    """Folder of the cached latents. {id}, {output_dir} and {model_family} are filled in."""
+
+    vae_batch_size: Annotated[int, Ge(1), Opt(unit="images")] = 4
+    """Images that the VAE encodes at once while it fills the cache."""
+
+    write_batch_size: Annotated[int, Ge(1), Opt(level="expert")] = 128
+    """Cache entries that are written at once."""
+
+    text_embeds: Annotated[str | None, Opt(level="expert")] = None
+    """Id of the text_embeds entry that caches the captions."""
+
+    metadata_backend: Annotated[Literal["discovery"], Opt(spellings=(("json", "discovery"),))] = "discovery"
+    """How sizes and captions are found: by looking at the files."""
+
+    skip_file_discovery: Annotated[str | None, Opt()] = None
+    """Accepted for compatibility: only what has changed is looked at anyway."""
+
+
+class TextEmbeds(Section):
+    """Where prompt embeddings are cached."""
+
+    id: Annotated[str, Opt(level="basic")] = "text-embeds"
+    """Unique name of the entry."""
+
+    type: Annotated[Literal["local"], Opt()] = "local"
+    """Where the cache is. This version writes to local folders."""
+
+    dataset_type: Annotated[Literal["text_embeds"], Opt(spellings=(("text_embed", "text_embeds"),))] = "text_embeds"
+    """What the entry is."""
+
+    disabled: Annotated[bool, Opt(aliases=("disable",))] = False
+    """Leave the entry out."""
+
+    default: Annotated[bool, Opt()] = False
+    """Use this entry for datasets that name none."""
+
+    cache_dir: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/text")] = ""
+    """Folder of the cached embeddings. {id}, {output_dir} and {model_family} are filled in."""
+
+    write_batch_size: Annotated[int, Ge(1), Opt(level="expert")] = 128
+    """Cache entries that are written at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetsConfig:
+    """The datasets of a run: the enabled ones, in the order of the file, and the cache of prompt embeddings."""
+
+    images: tuple[ImageDataset, ...]
+    text_embeds: TextEmbeds
+    path: Path
+
+
+@cache
+def dataset_options(kind: Literal["image", "text_embeds"]) -> Mapping[str, Option]:
+    """Key -> its declaration, for the entries of one kind."""
+    model = ImageDataset if kind == "image" else TextEmbeds
+    return MappingProxyType({option.name: option for option in describe(model, kind)})

@@ -1,0 +1,249 @@
+"""Reading the datasets file: every mistake with its line, all at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from simpletuner.catalog.upstream import DATASET_UPSTREAM, Effect, asks_for_something
+from simpletuner.config.build import build_section, convert_setting
+from simpletuner.config.datasets import DatasetsConfig, ImageDataset, TextEmbeds, dataset_options
+from simpletuner.config.fields import Option
+from simpletuner.config.json_text import JsonDocument, escape_pointer, parse_json, read_text, repeated_key_warnings
+from simpletuner.config.paths import fill_path
+from simpletuner.config.root import Config
+from simpletuner.config.search import shown_path
+from simpletuner.config.settings import Origin, OriginKind, Setting
+from simpletuner.config.values import show
+from simpletuner.problems import ConfigError, Fix, Problem, Severity
+
+TEXT_EMBEDS_KINDS = ("text_embeds", "text_embed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetsResult:
+    """`config` is None if there is no usable dataset; then `problems` says why. `refused`: what asks for something
+    that this version cannot do and that would change the result. `lines`: JSON pointer -> line."""
+
+    config: DatasetsConfig | None
+    problems: tuple[Problem, ...] = ()
+    refused: tuple[Problem, ...] = ()
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+
+def load_datasets(config: Config, *, environ: Mapping[str, str], cwd: Path) -> DatasetsResult:
+    """Read the file that `config` names. Never raises for what the file says: problems come back, all at once."""
+    path = Path(config.data.data_backend_config)
+    shown = shown_path(path, cwd)
+    if not path.is_file():
+        problem = Problem(code="E-DATASETS-MISSING", params={"file": shown}, path="/data_backend_config")
+        return DatasetsResult(config=None, problems=(problem,))
+    try:
+        document = parse_json(read_text(path, shown), shown)
+    except ConfigError as error:
+        return DatasetsResult(config=None, problems=error.problems)
+    reader = _Reader(document, config, shown=shown, environ=environ, cwd=cwd)
+    return reader.read(path)
+
+
+class _Reader:
+    """Reads one file; collects problems on the way."""
+
+    def __init__(
+        self, document: JsonDocument, config: Config, *, shown: str, environ: Mapping[str, str], cwd: Path
+    ) -> None:
+        self._document = document
+        self._config = config
+        self._shown = shown
+        self._environ = environ
+        self._cwd = cwd
+        self._problems = repeated_key_warnings(document, shown)
+        self._refused: list[Problem] = []
+
+    def read(self, path: Path) -> DatasetsResult:
+        images: list[ImageDataset] = []
+        embeds: list[TextEmbeds] = []
+        if not isinstance(self._document.value, list):
+            self._add("E-DATASETS-LIST", "", file=self._shown)
+            return self._result(None)
+        ids: dict[str, str] = {}
+        for index, entry in enumerate(self._document.value):
+            found = self._entry(entry, f"/{index}")
+            if found is None:
+                continue
+            if found.id in ids:
+                self._add("E-DATASET-ID-TWICE", f"/{index}/id", id=found.id, first=self._place(ids[found.id]))
+            ids[found.id] = f"/{index}/id"
+            if found.disabled:
+                continue
+            if isinstance(found, TextEmbeds):
+                embeds.append(found)
+            else:
+                images.append(found)
+        has_errors = any(problem.severity is Severity.ERROR for problem in self._problems)
+        if not images and not has_errors:
+            self._add("E-DATASETS-NONE", "", file=self._shown)
+        text_embeds = self._choose_embeds(embeds, ids)
+        self._check_references(images, text_embeds, ids)
+        return self._result(DatasetsConfig(images=tuple(images), text_embeds=text_embeds, path=path))
+
+    def _result(self, config: DatasetsConfig | None) -> DatasetsResult:
+        return DatasetsResult(
+            config=config if config is not None and config.images else None,
+            problems=tuple(self._problems),
+            refused=tuple(self._refused),
+            lines=self._document.lines,
+        )
+
+    def _entry(self, entry: object, pointer: str) -> ImageDataset | TextEmbeds | None:
+        if not isinstance(entry, dict):
+            self._add("E-DATASET-OBJECT", pointer, value=show(entry))
+            return None
+        name = str(entry.get("id") or f"#{int(pointer[1:]) + 1}")
+        if str(entry.get("disabled", entry.get("disable", ""))).lower() in ("true", "1", "yes", "on"):
+            return ImageDataset(id=name, instance_data_dir="-", disabled=True)
+        if not self._is_supported(entry, pointer, name):
+            return None
+        kind: Literal["image", "text_embeds"] = (
+            "text_embeds" if entry.get("dataset_type", "image") in TEXT_EMBEDS_KINDS else "image"
+        )
+        declared = dataset_options(kind)
+        settings: dict[str, Setting] = {} if kind == "text_embeds" else self._inherited()
+        settings.update(self._settings(entry, pointer, name, declared))
+        missing = [o.name for o in declared.values() if o.required and o.name not in settings]
+        for key in missing:
+            self._add("E-DATASET-KEY-MISSING", pointer, id=name, key=key)
+        if missing:
+            return None
+        return self._image(settings, pointer, name) if kind == "image" else self._embeds(settings, pointer, name)
+
+    def _is_supported(self, entry: Mapping[str, object], pointer: str, name: str) -> bool:
+        storage, kind = entry.get("type", "local"), entry.get("dataset_type", "image")
+        if storage != "local":
+            self._add("E-DATASET-STORAGE", f"{pointer}/type", id=name, value=show(storage))
+        if kind not in ("image", *TEXT_EMBEDS_KINDS):
+            self._add("E-DATASET-KIND", f"{pointer}/dataset_type", id=name, value=show(kind))
+        return storage == "local" and kind in ("image", *TEXT_EMBEDS_KINDS)
+
+    def _inherited(self) -> dict[str, Setting]:
+        """What an image dataset takes from the run's configuration."""
+        found: dict[str, Setting] = {}
+        origin = Origin(kind=OriginKind.DEFAULT, place="configuration")
+        for section in (self._config.data, self._config.optimizer):
+            for key in type(section).model_fields:
+                value = getattr(section, key)
+                if key in ImageDataset.model_fields and value is not None:
+                    found[key] = Setting(key=key, value=(value,) if key == "instance_prompt" else value, origin=origin)
+        return found
+
+    def _settings(
+        self, entry: Mapping[str, object], pointer: str, name: str, declared: Mapping[str, Option]
+    ) -> dict[str, Setting]:
+        found: dict[str, Setting] = {}
+        aliases = {alias: option.name for option in declared.values() for alias in option.opt.aliases}
+        for raw_key, value in entry.items():
+            place = f"{pointer}/{escape_pointer(raw_key)}"
+            key = raw_key.strip().lstrip("-").replace("-", "_")
+            option = declared.get(aliases.get(key, key))
+            if option is None:
+                self._foreign(key, value, place, name, declared)
+                continue
+            if key == "skip_file_discovery" and isinstance(value, bool):
+                continue
+            origin = Origin(kind=OriginKind.FILE, place=self._place(place))
+            setting, problem = convert_setting(Setting(key=key, value=value, origin=origin), option, self._environ)
+            if problem is not None:
+                self._problems.append(self._about(problem, place, name))
+            elif setting is not None:
+                found[option.name] = setting
+        return found
+
+    def _foreign(self, key: str, value: object, place: str, name: str, declared: Mapping[str, Option]) -> None:
+        """A key that is no option of the entry: known to upstream, a comment, or a mistake."""
+        row = DATASET_UPSTREAM.get(key)
+        if row is None and (key.startswith("_") or key in dataset_options("image")):
+            return
+        if row is not None:
+            if asks_for_something(row, value):
+                refused = row.effect is Effect.RESULT
+                code, severity = ("E-DATASET-NOT-YET", Severity.ERROR) if refused else ("W-DATASET-NOT-YET", None)
+                problem = self._problem(code, place, severity or Severity.WARNING, (), id=name, key=key)
+                (self._refused if refused else self._problems).append(problem)
+            return
+        guess = difflib.get_close_matches(key, [*declared, *DATASET_UPSTREAM], n=1, cutoff=0.72)
+        if guess:
+            fixes = (Fix(key=guess[0], value=value),)
+            self._add("E-DATASET-KEY", place, id=name, key=key, suggestion=guess[0], fixes=fixes)
+        else:
+            self._add("E-DATASET-KEY-UNKNOWN", place, id=name, key=key)
+
+    def _image(self, settings: dict[str, Setting], pointer: str, name: str) -> ImageDataset:
+        built, problems = build_section(ImageDataset, settings, dataset_options("image"))
+        self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
+        cache_dir = built.cache_dir_vae or f"{self._config.data.cache_dir}/vae/{{id}}"
+        return built.model_copy(
+            update={
+                "instance_data_dir": fill_path(built.instance_data_dir, self._cwd),
+                "cache_dir_vae": self._cache_path(cache_dir, built.id),
+            }
+        )
+
+    def _embeds(self, settings: dict[str, Setting], pointer: str, name: str) -> TextEmbeds:
+        built, problems = build_section(TextEmbeds, settings, dataset_options("text_embeds"))
+        self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
+        return self._placed(built)
+
+    def _placed(self, embeds: TextEmbeds) -> TextEmbeds:
+        cache_dir = embeds.cache_dir or f"{self._config.data.cache_dir}/text"
+        return embeds.model_copy(update={"cache_dir": self._cache_path(cache_dir, embeds.id)})
+
+    def _cache_path(self, text: str, name: str) -> str:
+        filled = text.replace("{id}", name).replace("{output_dir}", self._config.run.output_dir)
+        return fill_path(filled.replace("{model_family}", self._config.model.model_family), self._cwd)
+
+    def _choose_embeds(self, embeds: Sequence[TextEmbeds], ids: Mapping[str, str]) -> TextEmbeds:
+        defaults = [entry for entry in embeds if entry.default]
+        if len(defaults) > 1:
+            names = ", ".join(entry.id for entry in defaults)
+            self._add("E-DATASETS-DEFAULT-TWICE", ids[defaults[1].id], ids=names)
+        if len(embeds) > 1 and not defaults:
+            self._add("E-DATASETS-NO-DEFAULT", ids[embeds[0].id], ids=", ".join(entry.id for entry in embeds))
+        chosen = next(iter(defaults), None) or next(iter(embeds), None)
+        for entry in embeds:
+            if chosen is not None and entry.id != chosen.id and len(defaults) == 1:
+                self._warn("W-DATASETS-EMBEDS-UNUSED", ids[entry.id], id=entry.id, used=chosen.id)
+        return (chosen or self._placed(TextEmbeds())).model_copy(update={"default": True})
+
+    def _check_references(self, images: Sequence[ImageDataset], embeds: TextEmbeds, ids: Mapping[str, str]) -> None:
+        for image in images:
+            if image.text_embeds is not None and image.text_embeds not in ids:
+                pointer = ids[image.id].removesuffix("/id") + "/text_embeds"
+                self._add("E-DATASET-REFERENCE", pointer, id=image.id, value=image.text_embeds, known=embeds.id)
+
+    def _about(self, problem: Problem, pointer: str, name: str) -> Problem:
+        """A problem of an option, told as one of a dataset."""
+        params = {**problem.params, "key": f"{name}.{problem.params['key']}"}
+        origin = self._place(pointer)
+        return Problem(code=problem.code, params=params, origin=origin, path=pointer, fixes=problem.fixes)
+
+    def _add(self, code: str, pointer: str, *, fixes: tuple[Fix, ...] = (), **params: object) -> None:
+        self._problems.append(self._problem(code, pointer, Severity.ERROR, fixes, **params))
+
+    def _warn(self, code: str, pointer: str, **params: object) -> None:
+        self._problems.append(self._problem(code, pointer, Severity.WARNING, (), **params))
+
+    def _problem(
+        self, code: str, pointer: str, severity: Severity, fixes: tuple[Fix, ...] = (), /, **params: object
+    ) -> Problem:
+        return Problem(
+            code=code, severity=severity, params=params, origin=self._place(pointer), path=pointer or None, fixes=fixes
+        )
+
+    def _place(self, pointer: str) -> str:
+        """file:line of the nearest thing that has a line."""
+        while pointer and pointer not in self._document.lines:
+            pointer = pointer.rpartition("/")[0]
+        return f"{self._shown}:{self._document.lines[pointer]}" if pointer else self._shown
