@@ -1,0 +1,155 @@
+"""Fill a module from safetensors files, one tensor at a time, so that a model never lies in memory twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from simpletuner.models.files import Header, StoredTensor, WeightFiles, read_header
+from simpletuner.problems import ModelError, Problem
+
+KeyMap = Callable[[str], Sequence[str]]
+"""Stored name -> names of the parameters it holds, stacked along its rows in this order; empty: not needed."""
+
+_LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".lokr_w", ".hada_w")
+# Scales beside 8-bit weights: ComfyUI's scaled fp8 and int8, torchao, bitsandbytes, optimum-quanto.
+_QUANTISATION_MARKS = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant", ".absmax", ".quant_map")
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Rows `start` to `stop` of a stored tensor are the parameter `name`; None: all of it."""
+
+    stored: str
+    name: str
+    rows: tuple[int, int] | None
+
+
+def load_weights_(
+    module: nn.Module, files: WeightFiles, *, keys: KeyMap, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Replace every parameter and persistent buffer of `module`, made on the meta device, by the stored ones.
+
+    They arrive frozen, on `device`; floating-point ones in `dtype`. Everything is checked before anything is read.
+
+    Raises:
+        ModelError: a file is damaged, or what is stored and what the module has differ; every difference at once.
+    """
+    headers = [read_header(shard) for shard in files.shards]
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    plan = _plan(headers, shapes, keys, files)
+    state: dict[str, Tensor] = {}
+    for path, pieces in plan.items():
+        state.update(_read(path, pieces, dtype=dtype, device=device))
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(False)
+
+
+def stored_names(files: WeightFiles) -> frozenset[str]:
+    """Names of all stored tensors."""
+    return frozenset(tensor.name for shard in files.shards for tensor in read_header(shard).tensors)
+
+
+def _plan(
+    headers: Iterable[Header], shapes: Mapping[str, tuple[int, ...]], keys: KeyMap, files: WeightFiles
+) -> Mapping[Path, Sequence[_Piece]]:
+    """Which rows of which file are which parameter; raises if the two sides do not match one to one."""
+    plan: dict[Path, list[_Piece]] = {}
+    unexpected: list[str] = []
+    wrong: list[Problem] = []
+    all_names = [tensor.name for header in headers for tensor in header.tensors]
+    for header in headers:
+        pieces = plan.setdefault(header.path, [])
+        for tensor in header.tensors:
+            names = keys(tensor.name)
+            if not all(name in shapes for name in names):
+                unexpected.append(tensor.name)
+            elif names:
+                expected = _stacked([shapes[name] for name in names])
+                if tensor.shape != expected:
+                    wrong.append(_shape_problem(header.path, tensor, expected))
+                pieces.extend(_split(tensor.name, names, shapes))
+    found = {piece.name for pieces in plan.values() for piece in pieces}
+    missing = [name for name in shapes if name not in found]
+    if missing or unexpected or wrong:
+        raise ModelError(_mismatch(files, all_names, missing=missing, unexpected=unexpected, wrong=wrong))
+    return plan
+
+
+def _stacked(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    if len(shapes) == 1:
+        return shapes[0]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _split(stored: str, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> list[_Piece]:
+    if len(names) == 1:
+        return [_Piece(stored=stored, name=names[0], rows=None)]
+    pieces, start = [], 0
+    for name in names:
+        stop = start + shapes[name][0]
+        pieces.append(_Piece(stored=stored, name=name, rows=(start, stop)))
+        start = stop
+    return pieces
+
+
+def _read(path: Path, pieces: Sequence[_Piece], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    state = {}
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for piece in pieces:
+            mapped: Tensor = file.get_tensor(piece.stored)
+            if piece.rows is not None:
+                mapped = mapped[slice(*piece.rows)]
+            # A copy even where nothing is converted: memory of our own stays valid if the file is replaced, and its
+            # alignment, on which the last bit of a matrix product may depend, is the same for every file.
+            own_dtype = dtype if mapped.is_floating_point() else mapped.dtype
+            state[piece.name] = torch.empty(mapped.shape, dtype=own_dtype, device=device).copy_(mapped)
+    return state
+
+
+def _mismatch(
+    files: WeightFiles,
+    all_names: Sequence[str],
+    *,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    wrong: Sequence[Problem],
+) -> list[Problem]:
+    """The most telling problems: what the file is instead, if that is plain; else every difference."""
+    params: dict[str, object] = {"part": files.part, "path": _where(files)}
+    if _any_has(all_names, _LORA_MARKS):
+        return [Problem(code="E-MODEL-IS-LORA", params=params)]
+    if _any_has(all_names, _QUANTISATION_MARKS):
+        return [Problem(code="E-MODEL-QUANTISED", params=params)]
+    if len(unexpected) == len(all_names):
+        return [Problem(code="E-MODEL-OTHER", params={**params, "names": _first(all_names)})]
+    problems = list(wrong[:_NUM_NAMED])
+    for code, names in (("E-MODEL-MISSING-TENSORS", missing), ("E-MODEL-UNEXPECTED-TENSORS", unexpected)):
+        if names:
+            problems.append(Problem(code=code, params={**params, "count": len(names), "names": _first(names)}))
+    return problems
+
+
+def _shape_problem(path: Path, tensor: StoredTensor, expected: tuple[int, ...]) -> Problem:
+    sizes = {"found": "x".join(map(str, tensor.shape)), "expected": "x".join(map(str, expected))}
+    return Problem(code="E-MODEL-SHAPE", params={"path": path, "name": tensor.name, **sizes})
+
+
+def _where(files: WeightFiles) -> Path:
+    return files.shards[0] if len(files.shards) == 1 else files.shards[0].parent
+
+
+def _any_has(names: Iterable[str], marks: Sequence[str]) -> bool:
+    return any(mark in name for name in names for mark in marks)
+
+
+def _first(names: Sequence[str]) -> str:
+    shown = ", ".join(islice(names, _NUM_NAMED))
+    return f"{shown}, ..." if len(names) > _NUM_NAMED else shown
