@@ -1,0 +1,149 @@
+"""The frame of our own optimizers: many small tensors are updated as a few long rows.
+
+A LoRA has hundreds of tensors of some ten thousand elements. Updating them one by one spends the time on calls, so
+the states of neighbours lie end to end in one row ("bucket") and the arithmetic runs on rows, in float32.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.optim.rounding import RoundingNoise, stochastic_round_
+
+# Elements in a row: small enough for a CPU's cache, large enough to fill an accelerator.
+_MAX_BUCKET_CPU = 1 << 17
+_MAX_BUCKET_DEVICE = 1 << 23
+
+
+@dataclass(kw_only=True)
+class Bucket:
+    """Parameters of one group that share device, dtype and step count, with their states laid end to end."""
+
+    params: tuple[nn.Parameter, ...]
+    hyper: Mapping[str, Any]  # the parameter group: "lr" and the optimizer's own settings
+    step: int  # updates so far
+    rows: dict[str, Tensor]  # state name -> [sum of the parameters' sizes]
+
+    def gradients(self) -> Tensor:
+        """float32 [N], a copy."""
+        return torch.cat([cast("Tensor", p.grad).reshape(-1) for p in self.params]).float()
+
+    def values(self) -> Tensor:
+        """float32 [N], a copy."""
+        return torch.cat([p.reshape(-1) for p in self.params]).float()
+
+    def store_state_(self, name: str, values: Tensor, noise: RoundingNoise) -> None:
+        """Keep float32 `values` [N] for the next step, rounded stochastically if the state is bfloat16."""
+        row = self.rows[name]
+        row.copy_(stochastic_round_(values, noise) if row.dtype == torch.bfloat16 else values)
+
+    def store_values_(self, values: Tensor, noise: RoundingNoise) -> None:
+        """Write float32 `values` [N] into the parameters, rounded stochastically if they are bfloat16."""
+        if self.params[0].dtype == torch.bfloat16:
+            stochastic_round_(values, noise)
+        torch._foreach_copy_(list(self.params), _views(values, self.params))
+
+
+class BucketedOptimizer(torch.optim.Optimizer):
+    """An optimizer whose update is written once, for a bucket.
+
+    State per parameter: "step" (int, updates so far) and one tensor of the parameter's shape for each of
+    `STATE_NAMES`. The tensors are views into the buckets' rows.
+    """
+
+    STATE_NAMES: ClassVar[tuple[str, ...]]
+
+    def __init__(self, params: Iterable[nn.Parameter], defaults: dict[str, Any], *, seed: int) -> None:
+        self.seed = seed
+        self._buckets: list[Bucket] = []
+        super().__init__(params, defaults)
+
+    @abstractmethod
+    def state_dtype(self, param: nn.Parameter) -> torch.dtype:
+        """The dtype in which the states of `param` are kept."""
+
+    @abstractmethod
+    def update_(self, bucket: Bucket, noise: RoundingNoise) -> None:
+        """Do update number `bucket.step` (counted from 1) of the bucket's parameters and states."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient, once. Returns the closure's loss, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, bucket in enumerate(self._current_buckets()):
+            bucket.step += 1
+            noise = RoundingNoise(device=bucket.params[0].device, seed=self.seed, step=bucket.step, index=index)
+            self.update_(bucket, noise)
+            for param in bucket.params:
+                self.state[param]["step"] = bucket.step
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer`. That one casts states to the parameter's dtype, which widens ours; they are
+        given their own dtype back, without loss."""
+        super().load_state_dict(state_dict)
+        self._buckets = []
+
+    def _current_buckets(self) -> list[Bucket]:
+        """The buckets of the parameters that have gradients now; the last step's, if they are the same."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        bucketed = [p for bucket in self._buckets for p in bucket.params]
+        if len(params) != len(bucketed) or any(a is not b for a, b in zip(params, bucketed, strict=True)):
+            self._buckets = [bucket for group in self.param_groups for bucket in self._new_buckets(group)]
+        return self._buckets
+
+    def _new_buckets(self, group: dict[str, Any]) -> Iterator[Bucket]:
+        params = [p for p in group["params"] if p.grad is not None]
+        keys: list[Hashable] = [(p.device, p.dtype, self.state[p].get("step", 0)) for p in params]
+        for members in _runs(params, keys):
+            yield self._bucket(tuple(members), group)
+
+    def _bucket(self, params: tuple[nn.Parameter, ...], group: dict[str, Any]) -> Bucket:
+        """Move the states of `params` into new rows; what has no state yet starts at zero."""
+        states = [cast("dict[str, Any]", self.state[p]) for p in params]
+        rows = {}
+        for name in self.STATE_NAMES:
+            olds = [s.get(name) for s in states]
+            dtype = self.state_dtype(params[0])
+            parts = [torch.zeros_like(p) if old is None else old for p, old in zip(params, olds, strict=True)]
+            rows[name] = torch.cat([part.reshape(-1).to(dtype) for part in parts])
+            for state, view in zip(states, _views(rows[name], params), strict=True):
+                state[name] = view
+        step = states[0].get("step", 0)
+        return Bucket(params=params, hyper=group, step=step, rows=rows)
+
+
+def _views(row: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a row [N] into views with the parameters' shapes."""
+    pieces = row.split([p.numel() for p in params])
+    return [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)]
+
+
+def _runs(params: Sequence[nn.Parameter], keys: Sequence[Hashable]) -> Iterator[list[nn.Parameter]]:
+    """Cut into runs of neighbours with one key and at most the bucket's size; a larger tensor is a run of its own."""
+    run: list[nn.Parameter] = []
+    numel = 0
+    for index, param in enumerate(params):
+        limit = _MAX_BUCKET_CPU if param.device.type == "cpu" else _MAX_BUCKET_DEVICE
+        if run and (keys[index] != keys[index - 1] or numel + param.numel() > limit):
+            yield run
+            run, numel = [], 0
+        run.append(param)
+        numel += param.numel()
+    if run:
+        yield run
