@@ -1,0 +1,322 @@
+"""Events as sentences. The plain console, `log.txt` and `simpletuner runs logs` print these lines; the live console
+prints those above its progress bars. Option names, codes and `key=value` lines are the same in every language.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import singledispatchmethod
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from simpletuner.events import formats
+from simpletuner.events import types as t
+from simpletuner.events.eta import round_remaining
+from simpletuner.events.journal import Record
+from simpletuner.events.view import RunView
+from simpletuner.i18n import catalog, render_problem, text
+from simpletuner.problems import ExitCode, Problem, Severity
+
+STEPS_PER_LINE = 10
+SECONDS_PER_LINE = 30.0
+_BANNER_ROWS = ("model", "data", "precision", "device", "plan", "output")
+
+Icon: TypeAlias = Literal["", "ok", "warning", "error", "saved", "images", "stop"]
+
+_SEVERITIES: Mapping[Severity, tuple[t.Level, Icon]] = {
+    Severity.ERROR: ("error", "error"),
+    Severity.WARNING: ("warning", "warning"),
+    Severity.INFO: ("info", ""),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line for people. `progress` lines are left out where bars show the same."""
+
+    text: str
+    level: t.Level = "info"
+    icon: Icon = ""
+    progress: bool = False
+
+
+class Narrator:
+    """Turns the records of a run into lines, a training line every 10 steps or 30 seconds."""
+
+    def __init__(self, language: str) -> None:
+        self._language = language
+        self._output_dir = ""
+        self._last_line_s = 0.0  # on the clock of the caller: the record's time, or now
+        self._last_step_line = 0
+        self.view = RunView()
+
+    def tell(self, record: Record) -> list[Line]:
+        """The lines of one event; none for most."""
+        self.view.apply(record.event)
+        lines = self._lines(record.event)
+        now_s = record.time.timestamp()
+        if isinstance(record.event, t.StepFinished) and not self._is_due(record.event, now_s):
+            return []
+        if isinstance(record.event, t.RunPhase) and not record.event.finished:
+            lines = self.still_working(now_s)
+        if lines:
+            self._last_line_s = now_s
+        return lines
+
+    def still_working(self, now_s: float) -> list[Line]:
+        """What the run is at, if nothing was said for 30 seconds; `now_s` is the time of day."""
+        if now_s - self._last_line_s < SECONDS_PER_LINE or not (self.view.phases or self.view.validation):
+            return []
+        self._last_line_s = now_s
+        if self.view.validation is not None:
+            return [Line(text=self._validating(), progress=True)]
+        phase = list(self.view.phases.values())[-1]
+        return [Line(text=phase_text(phase, self._language), progress=True)]
+
+    def _is_due(self, event: t.StepFinished, now_s: float) -> bool:
+        due = (
+            event.step % STEPS_PER_LINE == 0
+            or event.step == event.total
+            or self._last_step_line == 0
+            or now_s - self._last_line_s >= SECONDS_PER_LINE
+        )
+        if due:
+            self._last_step_line = event.step
+        return due
+
+    def _validating(self) -> str:
+        validation = self.view.validation
+        assert validation is not None
+        return text("console.validating", self._language, done=self.view.validation_done, total=validation.num_images)
+
+    @singledispatchmethod
+    def _lines(self, event: t.Event) -> list[Line]:
+        if isinstance(event, t.UnknownEvent):
+            return []
+        fields = ", ".join(f"{key}={value}" for key, value in t.to_json(event).items() if key != "event")
+        return [Line(text=f"{event.name}: {fields}", level="debug")]
+
+    @_lines.register
+    def _(self, event: t.RunStarted) -> list[Line]:
+        self._output_dir, self._last_step_line = event.output_dir, 0
+        parts = [f"SimpleTuner {event.version}", *([event.config_path] if event.config_path else [])]
+        parts.append(text("console.run", self._language, run=Path(event.output_dir).name))
+        if event.session > 1:
+            parts.append(text("console.session", self._language, session=event.session))
+        return [Line(text=" · ".join(parts))]
+
+    @_lines.register
+    def _(self, event: t.RunPlanned) -> list[Line]:
+        rows = _banner(event, self._output_dir, self._language)
+        labels = [text(f"console.banner.{row}", self._language) for row in _BANNER_ROWS]
+        width = max(map(len, labels))
+        return [Line(text=f"  {label:{width}}  {row}") for label, row in zip(labels, rows, strict=True)]
+
+    @_lines.register
+    def _(self, event: t.RunPhase) -> list[Line]:
+        return [Line(text=phase_text(event, self._language), icon="ok", progress=True)] if event.finished else []
+
+    @_lines.register
+    def _(self, event: t.StepFinished) -> list[Line]:
+        parts = [
+            f"train step={event.step}/{event.total}",
+            f"loss={self.view.loss or 0.0:.4f}",
+            f"lr={event.learning_rate:.1e}",
+            f"grad={event.grad_norm:.3g}",
+            f"s_it={event.step_seconds:.3g}",
+        ]
+        if event.peak_memory_bytes is not None:
+            parts.append(f"vram_gb={event.peak_memory_bytes / 1e9:.1f}")
+        if event.step < event.total and (remaining_s := self.view.remaining_s()) is not None:
+            parts.append(f"eta={formats.compact_duration(round_remaining(remaining_s))}")
+        return [Line(text=" ".join(parts), progress=True)]
+
+    @_lines.register
+    def _(self, event: t.RunStopping) -> list[Line]:
+        key = {1: "console.stopping.save", 2: "console.stopping.leave"}.get(event.level, "console.stopping.kill")
+        return [Line(text=text(key, self._language), level="warning", icon="stop")]
+
+    @_lines.register
+    def _(self, event: t.RunFinished) -> list[Line]:
+        return [_ending(event, self._language)]
+
+    @_lines.register
+    def _(self, event: t.SettingOverridden) -> list[Line]:
+        reason = known_text(event.reason, self._language, event.params)
+        values = {"option": event.option, "requested": event.requested, "used": event.used, "reason": reason}
+        return [Line(text=text("console.overridden", self._language, **values), level="warning", icon="warning")]
+
+    @_lines.register
+    def _(self, event: t.ProblemReported) -> list[Line]:
+        level, icon = _SEVERITIES[event.problem.severity]
+        first, *rest = problem_lines(event.problem, self._language)
+        return [Line(text=first, level=level, icon=icon), *(Line(text=f"    {line}", level=level) for line in rest)]
+
+    @_lines.register
+    def _(self, event: t.LogLine) -> list[Line]:
+        prefix = "" if event.source == "traceback" else f"{event.source}: "
+        return [Line(text=f"{prefix}{line}", level=event.level) for line in event.message.split("\n")]
+
+    @_lines.register
+    def _(self, event: t.DatasetPlanned) -> list[Line]:
+        counts = [plural("images", event.num_images, self._language)]
+        if event.num_samples != event.num_images:
+            counts.append(plural("samples", event.num_samples, self._language))
+        counts.append(plural("buckets", len(event.buckets), self._language))
+        lines = [Line(text=f"{event.dataset}: {', '.join(counts)}")]
+        for drop in event.dropped:
+            reason = known_text(f"dropped.{drop.reason}", self._language, {}, fallback=drop.reason)
+            left_out = plural("dropped", drop.num_images, self._language)
+            lines.append(Line(text=f"{event.dataset}: {left_out}: {reason}", level="warning", icon="warning"))
+        return lines
+
+    @_lines.register
+    def _(self, event: t.AdapterCreated) -> list[Line]:
+        values = {
+            "rank": event.rank,
+            "alpha": f"{event.alpha:g}",
+            "params": formats.parameters(event.num_params, self._language),
+            "modules": event.num_modules,
+            "targets": ", ".join(event.targets),
+        }
+        return [Line(text=text("console.adapter", self._language, **values))]
+
+    @_lines.register
+    def _(self, event: t.CheckpointSaved) -> list[Line]:
+        key = "console.weights" if event.final else "console.checkpoint"
+        size = formats.size(event.bytes, self._language)
+        return [Line(text=text(key, self._language, step=event.step, path=event.path, size=size), icon="saved")]
+
+    @_lines.register
+    def _(self, event: t.ValidationFinished) -> list[Line]:
+        key = "console.validated.base" if event.step == 0 else "console.validated"
+        values = {
+            "step": event.step,
+            "images": plural("images", event.num_images, self._language),
+            "duration": formats.duration(event.seconds, self._language),
+        }
+        arrow = f" -> {event.contact_sheet}" if event.contact_sheet else ""
+        return [Line(text=text(key, self._language, **values) + arrow, icon="images")]
+
+
+class LogSink:
+    """Writes `log.txt`: every line with its time and level, in English so that anybody can be asked about it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError if the file cannot be opened."""
+        self._stream = path.open("a", encoding="utf-8", errors="replace", newline="\n")
+        self._narrator = Narrator("en")
+
+    def write(self, record: Record) -> None:
+        """Append the lines of one event; they are readable at once."""
+        lines = [format_line(line, record.time.timestamp()) for line in self._narrator.tell(record)]
+        if lines:
+            self._stream.write("".join(f"{line}\n" for line in lines))
+            self._stream.flush()
+
+    def tick(self) -> None:
+        """Nothing: silence needs no log line."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def format_line(line: Line, time_s: float) -> str:
+    """ "2026-03-12T10:58:03Z INFO  checkpoint 800 ..."."""
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s))
+    return f"{moment} {line.level.upper():7} {line.text}".rstrip()
+
+
+def problem_lines(problem: Problem, language: str) -> list[str]:
+    """A problem as lines: code and place, what is wrong, what to do. Never fails, whatever the problem carries."""
+    try:
+        title, hint = render_problem(problem, language)
+    except (KeyError, IndexError, ValueError):
+        title, hint = f"problem.{problem.code}.title", None
+    if title == f"problem.{problem.code}.title":  # of a newer version: no text here
+        title = ", ".join(f"{key}={value}" for key, value in problem.params.items()) or problem.code
+    head = "  ".join([problem.code, *([problem.origin] if problem.origin else [])])
+    return [head, *title.split("\n"), *(hint.split("\n") if hint else [])]
+
+
+def phase_label(key: str, language: str) -> str:
+    """The name of a phase."""
+    return known_text(f"phase.{key}", language, {}, fallback=key)
+
+
+def phase_text(phase: t.RunPhase, language: str) -> str:
+    """ "latents 12/24 images, 3.1 s"."""
+    return f"{phase_label(phase.key, language)}: {', '.join(phase_figures(phase, language))}"
+
+
+def phase_figures(phase: t.RunPhase, language: str) -> list[str]:
+    """How much of a phase is done, and its time."""
+    figures = []
+    if phase.unit == "bytes":
+        sizes = [phase.done, *([phase.total] if phase.total else [])]
+        figures.append("/".join(formats.size(number, language) for number in sizes))
+    elif phase.total is not None:
+        unit = known_text(f"unit.{phase.unit}", language, {}, fallback=phase.unit) if phase.unit else ""
+        figures.append(f"{phase.done}/{phase.total} {unit}".rstrip())
+    return [*figures, formats.duration(phase.elapsed_s, language)]
+
+
+def plural(noun: str, count: int, language: str) -> str:
+    """ "1 image", "24 images": the texts `count.<noun>.one` and `count.<noun>.other`."""
+    return text(f"count.{noun}.{'one' if count == 1 else 'other'}", language, n=count)
+
+
+def known_text(key: str, language: str, params: Mapping[str, object], *, fallback: str | None = None) -> str:
+    """The text of a key that another layer or another version chose; `fallback` (or the key) if there is none."""
+    if key not in catalog("en"):
+        return key if fallback is None else fallback
+    try:
+        return text(key, language, **params)
+    except (KeyError, IndexError, ValueError):
+        return catalog(language).get(key, key)
+
+
+def _banner(plan: t.RunPlanned, output_dir: str, language: str) -> list[str]:
+    """The rows of _BANNER_ROWS."""
+    device = plan.device_name if plan.device == "cpu" else f"{plan.device_name} ({plan.device})"
+    if plan.memory_total_bytes:
+        device += f" · {formats.size(plan.memory_total_bytes, language)}"
+    if plan.memory_free_bytes:
+        device += f" ({text('console.free', language, size=formats.size(plan.memory_free_bytes, language))})"
+    steps = [f"{plural('steps', plan.total_steps, language)} ≈ {plural('epochs', plan.num_epochs, language)}"]
+    if plan.start_step:
+        steps.append(text("console.from_step", language, step=plan.start_step))
+    if plan.validation_step_interval:
+        steps.append(text("console.validation_every", language, n=plan.validation_step_interval))
+    if plan.checkpoint_step_interval:
+        steps.append(text("console.checkpoint_every", language, n=plan.checkpoint_step_interval))
+    data = [
+        plural("datasets", plan.num_datasets, language),
+        plural("images", plan.num_images, language),
+        plural("buckets", plan.num_buckets, language),
+        text("console.batch", language, n=plan.effective_batch_size),
+    ]
+    checkpointing = [text("console.gradient_checkpointing", language)] if plan.gradient_checkpointing else []
+    return [
+        f"{plan.model} · {plan.adapter}",
+        " · ".join(data),
+        " · ".join([plan.precision, *checkpointing]),
+        device,
+        " · ".join(steps),
+        output_dir,
+    ]
+
+
+def _ending(event: t.RunFinished, language: str) -> Line:
+    values = {"step": event.step, "duration": formats.duration(event.seconds, language), "reason": event.reason or "?"}
+    if event.state == "done":
+        return Line(text=text("console.done", language, **values), icon="ok")
+    if event.state == "failed":
+        return Line(text=text("console.failed", language, **values), level="error", icon="error")
+    saved = event.exit_code == ExitCode.STOPPED
+    return Line(
+        text=text("console.stopped.saved" if saved else "console.stopped.left", language, **values), icon="stop"
+    )
