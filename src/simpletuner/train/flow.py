@@ -7,14 +7,11 @@ sigma in [0, 1] is the noise level: x_sigma = (1 - sigma) * clean + sigma * nois
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-Velocity = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]
-"""(B noisy latents [C, h, w], sigma [B]) -> B velocities [C, h, w]."""
 
 # Resolution-dependent shift of FLUX.1: exp(mu), mu linear in the number of image tokens through these two points.
 _AUTO_SHIFT_TOKENS = (256, 4096)

@@ -56,6 +56,11 @@ class Gallery:
         self.folder = output_dir / FOLDER
         self._suffix = {"jpeg": ".jpg"}.get(image_format, f".{image_format}")
 
+    @property
+    def sheet(self) -> Path:
+        """Where the contact sheet is, once it is drawn."""
+        return self.folder / SHEET_NAME
+
     def path_for(self, request: ImageRequest, step: int) -> Path:
         return self.folder / f"{request.file_stem(step)}{self._suffix}"
 
@@ -106,7 +111,7 @@ class Gallery:
         if not any(file for _, files in rows for file in files):
             return None
         sheet = _draw_sheet(list(columns), rows)
-        path = self.folder / SHEET_NAME
+        path = self.sheet
         with os_errors_as_problems(path):
             building = path.with_name(f".{path.name}")
             sheet.save(building, format="PNG")

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from simpletuner.events.types import Event, ValidationFinished, ValidationImage, ValidationStarted
-from simpletuner.models.z_image.sampler import sample, sigmas
+from simpletuner.models.z_image.sampler import Guidance, draw_noise, sample, sigmas
 from simpletuner.validation.gallery import Gallery, GalleryEntry
 from simpletuner.validation.requests import ImageRequest
 
@@ -52,8 +52,7 @@ def validate(
     requests: Sequence[ImageRequest],
     *,
     step: int,
-    heading: str,
-    base_heading: str,
+    heading: Callable[[int], str],
     with_adapter: bool,
     engine: ImageEngine,
     settings: SamplingSettings,
@@ -63,7 +62,8 @@ def validate(
 ) -> None:
     """Make `requests`, add them to the gallery and draw the sheet base | this step over `all_requests`.
 
-    `with_adapter=False` shows the base model (step 0), whatever the adapter has learned.
+    `heading(step)` names a column of the sheet. `with_adapter=False` shows the base model (step 0), whatever the
+    adapter has learned.
     """
     started = time.monotonic()
     emit(ValidationStarted(step=step, num_images=len(requests)))
@@ -89,7 +89,7 @@ def validate(
                     seconds=seconds,
                 )
             )
-    columns = {base_heading: 0} if step == 0 else {base_heading: 0, heading: step}
+    columns = {heading(shown): shown for shown in sorted({0, step})}
     sheet = gallery.write_contact_sheet(columns, all_requests)
     emit(
         ValidationFinished(
@@ -106,14 +106,10 @@ def make_images(
     requests: Sequence[ImageRequest], *, engine: ImageEngine, settings: SamplingSettings
 ) -> list[Image.Image]:
     """Sample and decode images of any sizes in one packed call; each depends on its own request only."""
-    factor = engine.px_per_latent
     noise = [
-        torch.randn(
-            engine.latent_channels,
-            request.size[1] // factor,
-            request.size[0] // factor,
-            generator=torch.Generator().manual_seed(request.seed),
-        ).to(engine.device)
+        draw_noise(request.size, request.seed, channels=engine.latent_channels, factor=engine.px_per_latent).to(
+            engine.device
+        )
         for request in requests
     ]
     context = engine.context_of([request.prompt.text for request in requests])
@@ -123,8 +119,8 @@ def make_images(
         noise,
         context,
         negative,
-        sigmas=sigmas(settings.num_steps, settings.shift),
-        guidance=settings.guidance,
+        sigmas_N=sigmas(settings.num_steps, settings.shift),
+        guidance=Guidance(scale=settings.guidance),
     )
     return [to_image(engine.decode(latent[None])[0]) for latent in latents]
 
@@ -135,9 +131,17 @@ def to_image(pixels_CHW: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(bytes_HWC.cpu().numpy()))
 
 
-def missing_requests(requests: Sequence[ImageRequest], gallery: Gallery, *, step: int) -> list[ImageRequest]:
-    """Those of `requests` that the gallery does not show at `step` yet."""
-    there = [entry for entry in gallery.entries() if entry.step == step]
+def missing_requests(
+    requests: Sequence[ImageRequest], gallery: Gallery, *, step: int, settings: SamplingSettings
+) -> list[ImageRequest]:
+    """Those of `requests` that the gallery does not show at `step`, sampled with these settings, yet."""
+    wanted = (settings.guidance, settings.num_steps, settings.shift, settings.negative_prompt)
+    there = [
+        entry
+        for entry in gallery.entries()
+        if entry.step == step
+        and (entry.guidance, entry.num_inference_steps, entry.shift, entry.negative_prompt) == wanted
+    ]
     return [request for request in requests if not any(entry.shows(request) for entry in there)]
 
 

@@ -1,0 +1,204 @@
+"""The trained model: load, attach the adapter, checkpoint the blocks, in this order and in one place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.adapters.files import LoraInfo, load_lora
+from simpletuner.adapters.lora import (
+    LoraReport,
+    LoraSettings,
+    adapter_state,
+    apply_lora,
+    load_adapter_state,
+    set_scale,
+    trainable_parameters,
+)
+from simpletuner.config.root import Config
+from simpletuner.data.prompts import PromptStore
+from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.types import AdapterCreated, ModelLoaded
+from simpletuner.memory.checkpointing import apply_checkpointing
+from simpletuner.models.weights import PipelineFiles
+from simpletuner.models.z_image.load import load_transformer
+from simpletuner.models.z_image.spec import Z_IMAGE
+from simpletuner.models.z_image.transformer import ZImageTransformer, velocity
+from simpletuner.optim.build import OptimizerSettings, build_optimizer
+from simpletuner.optim.schedules import ScheduleSettings
+from simpletuner.train.context import ContextCache
+from simpletuner.train.device import Compute
+from simpletuner.train.flow import FlowSettings
+from simpletuner.train.step import StepSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The model with its adapter, and what moves it."""
+
+    transformer: ZImageTransformer
+    contexts: ContextCache
+    adapter: LoraReport
+    lora: LoraSettings
+    params: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    compute: Compute
+
+    def predict(self, latents: Sequence[Tensor], sigma_B: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+        """Velocities of noisy latents; see `step.Predict`."""
+        return self.velocity(latents, sigma_B, self.contexts.get(prompts))
+
+    def velocity(self, latents: Sequence[Tensor], sigma_B: Tensor, context: Sequence[Tensor]) -> list[Tensor]:
+        """Velocities for refined contexts."""
+        with self._autocast():
+            return velocity(self.transformer, latents, sigma_B, context)
+
+    @contextmanager
+    def strength(self, scale: float) -> Iterator[None]:
+        """Within it the adapter counts `scale` times; 0 shows the model without it."""
+        set_scale(self.transformer, scale)
+        try:
+            yield
+        finally:
+            set_scale(self.transformer, 1.0)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return adapter_state(self.transformer)
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        load_adapter_state(self.transformer, state)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.compute.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.compute.device.type, dtype=self.compute.autocast)
+
+
+def build_training(
+    config: Config, *, files: PipelineFiles, prompts: PromptStore, compute: Compute, run: RunRecorder
+) -> Training:
+    """Load the transformer and attach what is trained."""
+    begun = time.monotonic()
+    with run.phase("transformer"):
+        transformer = load_transformer(files.transformer, dtype=compute.weights, device=compute.device)
+    num_params = sum(p.numel() for p in transformer.parameters())
+    run.emit(
+        ModelLoaded(
+            component="transformer",
+            num_params=num_params,
+            dtype=str(compute.weights).removeprefix("torch."),
+            seconds=time.monotonic() - begun,
+        )
+    )
+    lora = lora_settings(config)
+    adapter = apply_lora(transformer, lora)
+    run.emit(
+        AdapterCreated(
+            num_params=adapter.num_params,
+            num_modules=adapter.num_modules,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+        )
+    )
+    if config.adapter.init_lora:
+        load_adapter_state(transformer, load_lora(Path(config.adapter.init_lora)).tensors)
+    if config.memory.gradient_checkpointing:
+        apply_checkpointing(
+            transformer.layers,
+            every=config.memory.gradient_checkpointing_interval,
+            preserve_rng_state=lora.dropout > 0,
+        )
+    params = trainable_parameters(transformer)
+    transformer.train()
+    return Training(
+        transformer=transformer,
+        contexts=ContextCache(
+            transformer.refine_context,
+            prompts.get,
+            device=compute.device,
+            keep=not transformer.is_context_trained(),
+        ),
+        adapter=adapter,
+        lora=lora,
+        params=params,
+        optimizer=build_optimizer(config.optimizer.optimizer, params, optimizer_settings(config)),
+        compute=compute,
+    )
+
+
+def lora_settings(config: Config) -> LoraSettings:
+    """The adapter that the options ask for."""
+    adapter = config.adapter
+    return LoraSettings(
+        rank=adapter.lora_rank,
+        alpha=adapter.lora_alpha if adapter.lora_alpha is not None else float(adapter.lora_rank),
+        dropout=adapter.lora_dropout,
+        targets=adapter.peft_lora_target_modules or Z_IMAGE.lora_targets(adapter.lora_targets),
+        seed=config.run.seed,
+    )
+
+
+def optimizer_settings(config: Config) -> OptimizerSettings:
+    """What the optimizer takes from the options."""
+    optimizer = config.optimizer
+    return OptimizerSettings(
+        learning_rate=optimizer.learning_rate,
+        beta1=optimizer.optimizer_beta1,
+        beta2=optimizer.optimizer_beta2,
+        weight_decay=optimizer.adam_weight_decay,
+        epsilon=optimizer.adam_epsilon,
+        seed=config.run.seed,
+    )
+
+
+def schedule_settings(config: Config) -> ScheduleSettings:
+    """The learning rate over the run."""
+    optimizer = config.optimizer
+    return ScheduleSettings(
+        kind=optimizer.lr_scheduler,
+        learning_rate=optimizer.learning_rate,
+        warmup_steps=optimizer.lr_warmup_steps,
+        num_cycles=optimizer.lr_num_cycles,
+        power=optimizer.lr_power,
+        end=optimizer.lr_end,
+    )
+
+
+def step_settings(config: Config, *, rank: int) -> StepSettings:
+    """What a step takes from the options."""
+    flow = FlowSettings(
+        sigmoid_scale=config.flow.flow_sigmoid_scale,
+        uniform=config.flow.flow_use_uniform_schedule,
+        shift=config.flow.flow_schedule_shift,
+        auto_shift=config.flow.flow_schedule_auto_shift,
+    )
+    return StepSettings(
+        seed=config.run.seed,
+        rank=rank,
+        flow=flow,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        clip_by_value=config.optimizer.grad_clip_method == "value",
+        tokens_per_latent=Z_IMAGE.tokens_per_latent,
+        uses_dropout=config.adapter.lora_dropout > 0,
+    )
+
+
+def lora_info(config: Config, lora: LoraSettings, *, step: int, config_hash: str) -> LoraInfo:
+    """What a saved adapter says about itself."""
+    return LoraInfo(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        base_model=config.model.pretrained_model_name_or_path,
+        architecture="z-image",
+        targets=lora.targets,
+        title=Path(config.run.output_dir).name,
+        config_hash=config_hash,
+        global_step=step,
+    )

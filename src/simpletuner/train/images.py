@@ -1,0 +1,150 @@
+"""Validation during a run: the trained model, the VAE that turns latents into pictures, and when to make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simpletuner.config.root import Config
+from simpletuner.events.run_directory import RunRecorder
+from simpletuner.models.weights import PipelineFiles
+from simpletuner.models.z_image.spec import Z_IMAGE
+from simpletuner.models.z_image.vae import LatentCodec, load_latent_codec
+from simpletuner.train.build import Training
+from simpletuner.train.prepare import free_memory, vae_dtype
+from simpletuner.validation.gallery import Gallery
+from simpletuner.validation.generate import ImageEngine, SamplingSettings, missing_requests, validate
+from simpletuner.validation.requests import ImageRequest, plan_images, read_prompts
+
+
+def image_requests(config: Config) -> tuple[ImageRequest, ...]:
+    """The images of each validation; none if it is switched off or there is no prompt.
+
+    Raises:
+        ConfigError: the prompt library cannot be read.
+    """
+    options = config.validation
+    if options.validation_disable:
+        return ()
+    library = Path(options.user_prompt_library) if options.user_prompt_library else None
+    prompts = read_prompts(options.validation_prompt, library)
+    return plan_images(
+        prompts,
+        sizes=options.sizes,
+        seed=options.validation_seed,
+        images_per_prompt=options.num_validation_images,
+    )
+
+
+def sampling_settings(config: Config) -> SamplingSettings:
+    """How validation images are sampled."""
+    options = config.validation
+    return SamplingSettings(
+        num_steps=options.validation_num_inference_steps,
+        guidance=options.validation_guidance,
+        shift=options.validation_sampling_shift,
+        negative_prompt=options.validation_negative_prompt,
+    )
+
+
+class Validator:
+    """Makes the images of a run. The VAE is loaded at the first use and waits on the CPU in between."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        requests: Sequence[ImageRequest],
+        training: Training,
+        files: PipelineFiles,
+        run: RunRecorder,
+        headings: Callable[[int], str],
+    ) -> None:
+        """`headings(step)` names a column of the contact sheet."""
+        self._config = config
+        self._requests = tuple(requests)
+        self._training = training
+        self._files = files
+        self._run = run
+        self._headings = headings
+        self._codec: LatentCodec | None = None
+        self._gallery = Gallery(Path(config.run.output_dir), image_format=config.validation.validation_image_format)
+
+    @property
+    def sheet(self) -> Path | None:
+        """The contact sheet, if there is one."""
+        path = self._gallery.sheet
+        return path if path.is_file() else None
+
+    def show_base(self) -> None:
+        """Make those images of the untrained model that are not there yet."""
+        missing = missing_requests(self._requests, self._gallery, step=0, settings=sampling_settings(self._config))
+        if missing and not self._config.validation.disable_benchmark:
+            self._make(missing, step=0)
+
+    def show(self, step: int) -> None:
+        """Make the images of the model after `step` updates."""
+        if self._requests:
+            self._make(self._requests, step=step)
+
+    def _make(self, requests: Sequence[ImageRequest], *, step: int) -> None:
+        training = self._training
+        was_training = training.transformer.training
+        training.transformer.eval()
+        try:
+            with self._run.phase("validation"):
+                validate(
+                    requests,
+                    step=step,
+                    heading=self._headings,
+                    with_adapter=step > 0,
+                    engine=self._engine(),
+                    settings=sampling_settings(self._config),
+                    gallery=self._gallery,
+                    all_requests=self._requests,
+                    emit=self._run.emit,
+                )
+        finally:
+            training.transformer.train(was_training)
+            self._park_codec()
+
+    def _engine(self) -> ImageEngine:
+        return ImageEngine(
+            velocity=self._training.velocity,
+            context_of=self._training.contexts.get,
+            decode=self._decode,
+            strength=self._training.strength,
+            latent_channels=Z_IMAGE.latent_channels,
+            px_per_latent=Z_IMAGE.vae_factor,
+            px_per_token=Z_IMAGE.alignment_px,
+            device=self._training.compute.device,
+        )
+
+    def _decode(self, latents_BCHW: Tensor) -> Tensor:
+        device = self._training.compute.device
+        if self._codec is None:
+            memory = self._config.memory
+            with self._run.phase("vae"):
+                self._codec = load_latent_codec(
+                    self._files.vae,
+                    dtype=vae_dtype(self._config, self._training.compute),
+                    device=device,
+                    tiling=memory.vae_enable_tiling,
+                    slicing=memory.vae_enable_slicing,
+                )
+        elif self._codec.device != device:
+            self._codec.model.to(device)
+            self._codec = replace(self._codec, device=device)
+        return self._codec.decode(latents_BCHW)
+
+    def _park_codec(self) -> None:
+        device = self._training.compute.device
+        if self._codec is None or device.type == "cpu" or self._config.memory.keep_vae_loaded:
+            return
+        self._codec.model.to("cpu")
+        self._codec = replace(self._codec, device=torch.device("cpu"))
+        free_memory(device)

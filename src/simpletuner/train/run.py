@@ -1,0 +1,389 @@
+"""One training run from a parsed configuration to the finished adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from simpletuner import __version__
+from simpletuner.adapters.files import LORA_FILE_NAME, save_lora
+from simpletuner.adapters.lora import disabled
+from simpletuner.config.effective import effective_json
+from simpletuner.config.load import LoadedConfig
+from simpletuner.config.root import Config
+from simpletuner.data.loader import Latents, iterate_batches
+from simpletuner.data.records import Plan
+from simpletuner.data.sampler import Sampler
+from simpletuner.events.run_directory import RunRecorder, Sink
+from simpletuner.events.run_status import RunInfo
+from simpletuner.events.signals import StopRequest
+from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, ProblemReported, RunPlanned
+from simpletuner.models.weights import PipelineFiles, resolve_pipeline
+from simpletuner.models.z_image.spec import Z_IMAGE
+from simpletuner.optim.schedules import schedule_problems
+from simpletuner.problems import ConfigError, ExitCode, Problem, Severity
+from simpletuner.train.build import (
+    Training,
+    build_training,
+    lora_info,
+    lora_settings,
+    schedule_settings,
+    step_settings,
+)
+from simpletuner.train.checkpoint import (
+    Checkpoint,
+    Recipe,
+    choose_checkpoint,
+    delete_old_checkpoints,
+    recipe_problems,
+    remove_unfinished,
+    save_checkpoint,
+    total_bytes,
+)
+from simpletuner.train.device import Compute, choose_compute, choose_device, device_name
+from simpletuner.train.images import Validator, image_requests
+from simpletuner.train.loop import Ending, LoopSettings, run_loop
+from simpletuner.train.prepare import fill_latent_cache, fill_prompt_cache, scan_datasets
+from simpletuner.train.step import MicroBatch, StepResult, train_step
+from simpletuner.validation.requests import ImageRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended. `weights` is the finished adapter, `sheet` the before-and-after picture."""
+
+    exit_code: ExitCode
+    step: int
+    weights: Path | None = None
+    sheet: Path | None = None
+
+
+def train(
+    loaded: LoadedConfig,
+    *,
+    argv: Sequence[str],
+    sinks: Sequence[Sink],
+    stop: StopRequest,
+    headings: Callable[[int], str] = "step {}".format,
+) -> Outcome:
+    """Train as `loaded` says, in its output directory.
+
+    Args:
+        sinks: where events go beside the run directory; closed at the end.
+        stop: polled between steps; its signal handlers are installed by the caller.
+        headings: step -> heading of its column in the contact sheet; step 0 is the base model.
+    Raises:
+        SimpletunerError: whatever the user can mend; the run directory records it.
+        KeyboardInterrupt: asked to leave before there was anything to save.
+    """
+    config = loaded.config
+    info = RunInfo(
+        version=__version__,
+        argv=tuple(argv),
+        config_path=str(loaded.config_path) if loaded.config_path else None,
+        versions={"torch": torch.__version__},
+    )
+    effective = effective_json(loaded)
+    output_dir = Path(config.run.output_dir)
+    with RunRecorder.start(output_dir, info=info, effective_config=effective, sinks=sinks, stop=stop) as run:
+        for problem in loaded.warnings:
+            run.emit(ProblemReported(problem=problem))
+        remove_unfinished(output_dir)
+        outcome = _Run(loaded, run=run, stop=stop, headings=headings).carry_out()
+        if outcome.exit_code is ExitCode.STOPPED:
+            run.finish(state="stopped", exit_code=outcome.exit_code, reason="stop-requested")
+        elif outcome.exit_code is ExitCode.INTERRUPTED:
+            run.finish(state="stopped", exit_code=outcome.exit_code, reason="interrupted")
+        else:
+            run.finish(output=str(outcome.weights))
+        return outcome
+
+
+class _Run:
+    """The parts of one run; `carry_out` puts them together."""
+
+    def __init__(
+        self, loaded: LoadedConfig, *, run: RunRecorder, stop: StopRequest, headings: Callable[[int], str]
+    ) -> None:
+        self._loaded = loaded
+        self._config = loaded.config
+        self._output_dir = Path(loaded.config.run.output_dir)
+        self._run = run
+        self._stop = stop
+        self._headings = headings
+
+    def carry_out(self) -> Outcome:
+        config, run = self._config, self._run
+        with self._stop.interruptible():
+            requests = image_requests(config)
+            compute = self._choose_compute()
+            checkpoint = choose_checkpoint(self._output_dir, config.run.resume_from_checkpoint)
+            files = self._find_model()
+            plan = scan_datasets(config, self._loaded.datasets, run)
+            sampler = Sampler(plan, seed=config.run.seed, batch_size=config.optimizer.train_batch_size)
+            recipe = self._recipe(plan)
+            start_step = self._check_checkpoint(checkpoint, recipe)
+            total_steps = total_updates(config, sampler.batches_per_epoch)
+            self._announce(plan, sampler, compute, requests, start_step=start_step, total_steps=total_steps)
+            prompts = fill_prompt_cache(
+                self._all_prompts(plan, requests),
+                config=config,
+                datasets=self._loaded.datasets,
+                files=files,
+                compute=compute,
+                run=run,
+            )
+            latents = fill_latent_cache(
+                plan, config=config, datasets=self._loaded.datasets, files=files, compute=compute, run=run
+            )
+            training = build_training(config, files=files, prompts=prompts, compute=compute, run=run)
+            validator = Validator(
+                config, requests=requests, training=training, files=files, run=run, headings=self._headings
+            )
+            if checkpoint is not None:
+                training.load_adapter_state(dict(checkpoint.adapter()))
+                training.optimizer.load_state_dict(checkpoint.optimizer_state())
+            validator.show_base()
+            if start_step and config.validation.validation_on_startup:
+                validator.show(start_step)
+        batches = micro_batches(
+            sampler,
+            latents,
+            start=start_step * config.optimizer.gradient_accumulation_steps,
+            device=compute.device,
+            prefetch=config.data.dataloader_prefetch_qlen if config.data.dataloader_prefetch else 0,
+        )
+        ending, step = run_loop(
+            batches,
+            settings=self._loop_settings(sampler, start_step=start_step, total_steps=total_steps),
+            update=lambda micro, rate: self._update(training, micro, rate),
+            save=lambda step: self._save(training, recipe, step),
+            validate=validator.show,
+            steering=_Steering(run, self._stop),
+            emit=run.emit,
+        )
+        if ending is Ending.STOPPED:
+            return Outcome(exit_code=ExitCode.STOPPED, step=step, sheet=validator.sheet)
+        if ending is Ending.ABANDONED:
+            return Outcome(exit_code=ExitCode.INTERRUPTED, step=step, sheet=validator.sheet)
+        self._save(training, recipe, step)
+        weights = self._save_result(training, step)
+        validator.show(step)
+        return Outcome(exit_code=ExitCode.OK, step=step, weights=weights, sheet=validator.sheet)
+
+    def _choose_compute(self) -> Compute:
+        compute, override = choose_compute(
+            choose_device(self._config.run.device),
+            mixed_precision=self._config.memory.mixed_precision,
+            base_model_default_dtype=self._config.memory.base_model_default_dtype,
+        )
+        if override is not None:
+            self._run.emit(override)
+        return compute
+
+    def _find_model(self) -> PipelineFiles:
+        model = self._config.model
+        with self._run.phase("download", unit="bytes") as progress:
+            return resolve_pipeline(
+                model.pretrained_model_name_or_path,
+                spec=Z_IMAGE,
+                revision=model.revision,
+                variant=model.variant,
+                transformer=model.pretrained_transformer_model_name_or_path,
+                transformer_subfolder=model.pretrained_transformer_subfolder,
+                vae=model.pretrained_vae_model_name_or_path,
+                on_download=lambda download: progress.update(0, total=download.size_bytes, detail=download.repo),
+            )
+
+    def _recipe(self, plan: Plan) -> Recipe:
+        config, lora = self._config, lora_settings(self._config)
+        return Recipe(
+            seed=config.run.seed,
+            plan=plan.fingerprint,
+            batch_size=config.optimizer.train_batch_size,
+            gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
+            world_size=1,
+            optimizer=config.optimizer.optimizer,
+            targets=lora.targets,
+            rank=lora.rank,
+            alpha=lora.alpha,
+        )
+
+    def _check_checkpoint(self, checkpoint: Checkpoint | None, recipe: Recipe) -> int:
+        """The step to start from. Raises ConfigError if the checkpoint is of another adapter."""
+        if checkpoint is None:
+            return 0
+        problems = recipe_problems(checkpoint, recipe)
+        if any(problem.severity is Severity.ERROR for problem in problems):
+            raise ConfigError(problems)
+        for problem in problems:
+            self._run.emit(ProblemReported(problem=problem))
+        return checkpoint.step
+
+    def _announce(
+        self,
+        plan: Plan,
+        sampler: Sampler,
+        compute: Compute,
+        requests: Sequence[ImageRequest],
+        *,
+        start_step: int,
+        total_steps: int,
+    ) -> None:
+        config = self._config
+        for problem in schedule_problems(schedule_settings(config), total_steps):
+            self._run.emit(ProblemReported(problem=problem))
+        device = compute.device
+        free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
+        steps_per_epoch = sampler.batches_per_epoch / config.optimizer.gradient_accumulation_steps
+        self._run.emit(
+            RunPlanned(
+                model=f"{config.model.model_family} {config.model.model_flavour}",
+                adapter=f"LoRA rank {config.adapter.lora_rank}",
+                precision=compute.name,
+                device=str(device),
+                device_name=device_name(device),
+                total_steps=total_steps,
+                start_step=start_step,
+                num_epochs=math.ceil(total_steps / steps_per_epoch),
+                num_datasets=len(plan.datasets),
+                num_images=sum(dataset.num_images for dataset in plan.datasets),
+                num_buckets=sum(len(dataset.buckets) for dataset in plan.datasets),
+                effective_batch_size=config.optimizer.train_batch_size * config.optimizer.gradient_accumulation_steps,
+                validation_step_interval=config.validation.validation_step_interval if requests else None,
+                checkpoint_step_interval=config.run.checkpoint_step_interval,
+                gradient_checkpointing=config.memory.gradient_checkpointing,
+                memory_total_bytes=total,
+                memory_free_bytes=free,
+            )
+        )
+
+    def _all_prompts(self, plan: Plan, requests: Sequence[ImageRequest]) -> list[str]:
+        prompts = set(plan.prompts()) | {request.prompt.text for request in requests}
+        if requests and self._config.validation.validation_guidance > 0:
+            prompts.add(self._config.validation.validation_negative_prompt)
+        return sorted(prompts)
+
+    def _loop_settings(self, sampler: Sampler, *, start_step: int, total_steps: int) -> LoopSettings:
+        config = self._config
+        return LoopSettings(
+            start_step=start_step,
+            total_steps=total_steps,
+            accumulation_steps=config.optimizer.gradient_accumulation_steps,
+            micro_batches_per_epoch=sampler.batches_per_epoch,
+            schedule=schedule_settings(config),
+            checkpoint_interval=config.run.checkpoint_step_interval,
+            validation_interval=config.validation.validation_step_interval,
+        )
+
+    def _update(self, training: Training, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+        return train_step(
+            batches,
+            num_batches=self._config.optimizer.gradient_accumulation_steps,
+            predict=training.predict,
+            parent=lambda: disabled(training.transformer),
+            params=training.params,
+            optimizer=training.optimizer,
+            learning_rate=learning_rate,
+            settings=step_settings(self._config, rank=0),
+        )
+
+    def _save(self, training: Training, recipe: Recipe, step: int) -> None:
+        begun = time.monotonic()
+        with self._run.phase("checkpoint"):
+            checkpoint = save_checkpoint(
+                self._output_dir,
+                step=step,
+                recipe=recipe,
+                adapter=training.adapter_state(),
+                info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded)),
+                optimizer_state=training.optimizer.state_dict(),
+            )
+        self._run.emit(
+            CheckpointSaved(
+                step=step,
+                path=checkpoint.path.name,
+                bytes=total_bytes([checkpoint.path]),
+                seconds=time.monotonic() - begun,
+            )
+        )
+        for old in delete_old_checkpoints(self._output_dir, keep=self._config.run.checkpoints_total_limit):
+            self._run.emit(CheckpointDeleted(step=old.step, path=old.path.name))
+
+    def _save_result(self, training: Training, step: int) -> Path:
+        begun = time.monotonic()
+        path = self._output_dir / LORA_FILE_NAME
+        info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded))
+        save_lora(path, training.adapter_state(), info)
+        self._run.emit(
+            CheckpointSaved(
+                step=step,
+                path=path.name,
+                bytes=path.stat().st_size,
+                seconds=time.monotonic() - begun,
+                final=True,
+            )
+        )
+        return path
+
+
+class _Steering:
+    """What Ctrl-C and `simpletuner runs ...` ask of the loop. The run directory answers the latter by itself."""
+
+    def __init__(self, run: RunRecorder, stop: StopRequest) -> None:
+        self._run = run
+        self._stop = stop
+
+    def stop_level(self) -> int:
+        return self._stop.level
+
+    def wants_checkpoint(self) -> bool:
+        return self._run.wants("checkpoint")
+
+    def wants_validation(self) -> bool:
+        return self._run.wants("validate")
+
+
+def micro_batches(
+    sampler: Sampler, latents: Latents, *, start: int, device: torch.device, prefetch: int
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches from number `start` on, without end, on `device`."""
+    batches = iterate_batches(sampler, latents, start=start, prefetch=prefetch)
+    for index, batch in enumerate(batches, start):
+        yield MicroBatch(
+            index=index,
+            latents=[latent.to(device, non_blocking=True) for latent in batch.latents],
+            prompts=batch.prompts,
+            is_regularisation=batch.is_regularisation,
+            names=[sample.record.key for sample in batch.samples],
+        )
+
+
+def total_updates(config: Config, micro_batches_per_epoch: int) -> int:
+    """Length of the run in optimizer updates.
+
+    Raises:
+        ConfigError: it has none: fewer micro-batches than one accumulation window.
+    """
+    if config.run.max_train_steps:
+        return config.run.max_train_steps
+    steps = config.run.num_train_epochs * micro_batches_per_epoch // config.optimizer.gradient_accumulation_steps
+    if steps == 0:
+        params = {
+            "epochs": config.run.num_train_epochs,
+            "batches": micro_batches_per_epoch,
+            "accumulation": config.optimizer.gradient_accumulation_steps,
+        }
+        raise ConfigError(Problem(code="E-NO-STEPS", params=params, path="/num_train_epochs"))
+    return steps
+
+
+def config_hash(loaded: LoadedConfig) -> str:
+    """16 hex digits that stand for the options, wherever they came from."""
+    return hashlib.sha256(loaded.config.model_dump_json().encode()).hexdigest()[:16]

@@ -1,0 +1,148 @@
+"""Checkpoints: complete or absent, chosen and deleted in the right order."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import torch
+
+from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo
+from simpletuner.events.oserrors import FileSystemError
+from simpletuner.i18n import LANGUAGES, render_problem
+from simpletuner.problems import ConfigError, Severity
+from simpletuner.train import checkpoint as checkpoints
+from simpletuner.train.checkpoint import (
+    Recipe,
+    choose_checkpoint,
+    delete_old_checkpoints,
+    find_checkpoints,
+    recipe_problems,
+    remove_unfinished,
+    save_checkpoint,
+)
+
+RECIPE = Recipe(
+    seed=1,
+    plan="plan",
+    batch_size=2,
+    gradient_accumulation_steps=1,
+    world_size=1,
+    optimizer="adamw",
+    targets=("to_q",),
+    rank=4,
+    alpha=4.0,
+)
+
+
+def save(folder, step, *, value=1.0):
+    adapter = {
+        "layers.0.to_q.lora_A.weight": torch.full((4, 8), value),
+        "layers.0.to_q.lora_B.weight": torch.ones(8, 4),
+    }
+    state = {"state": {0: {"exp_avg": torch.full((4, 8), value)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    info = LoraInfo(rank=4, alpha=4.0)
+    return save_checkpoint(folder, step=step, recipe=RECIPE, adapter=adapter, info=info, optimizer_state=state)
+
+
+def test_what_was_saved_is_read_back_exactly(tmp_path):
+    save(tmp_path, 7, value=torch.pi)
+    checkpoint = choose_checkpoint(tmp_path, "latest")
+    assert (checkpoint.step, checkpoint.recipe) == (7, RECIPE)
+    assert torch.equal(checkpoint.adapter()["layers.0.to_q.lora_A.weight"], torch.full((4, 8), torch.pi))
+    state = checkpoint.optimizer_state()
+    assert torch.equal(state["state"][0]["exp_avg"], torch.full((4, 8), torch.pi))
+    assert state["param_groups"] == [{"lr": 0.1, "params": [0]}]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 7, value=1.0)
+    save(tmp_path, 7, value=2.0)
+    (checkpoint,) = find_checkpoints(tmp_path)
+    assert checkpoint.adapter()["layers.0.to_q.lora_A.weight"].unique().item() == 2.0
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+@pytest.mark.parametrize("file", [LORA_FILE_NAME, "optimizer.pt", "training_state.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_checkpoint_is_never_chosen(tmp_path, file, damage):
+    save(tmp_path, 1)
+    broken = save(tmp_path, 2).path / file
+    broken.unlink() if damage == "missing" else broken.write_bytes(broken.read_bytes()[:-9])
+    assert choose_checkpoint(tmp_path, "latest").step == 1
+
+
+def test_checkpoints_sort_by_number_and_only_the_newest_stay(tmp_path):
+    for step in (2, 10, 9):
+        save(tmp_path, step)
+    assert [c.step for c in find_checkpoints(tmp_path)] == [2, 9, 10]
+    assert [c.step for c in delete_old_checkpoints(tmp_path, keep=0)] == []
+    assert [c.step for c in delete_old_checkpoints(tmp_path, keep=2)] == [2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+
+@pytest.mark.parametrize("fails_at", ["save_lora", "_flush"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, fails_at):
+    save(tmp_path, 3, value=1.0)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, fails_at, full)
+    with pytest.raises(FileSystemError) as caught:
+        save(tmp_path, 3, value=2.0)
+    assert caught.value.problems[0].code == "E-DISK-FULL"
+    (checkpoint,) = find_checkpoints(tmp_path)
+    assert checkpoint.adapter()["layers.0.to_q.lora_A.weight"].unique().item() == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_what_a_killed_save_left_is_removed_and_nothing_else(tmp_path):
+    save(tmp_path, 3)
+    (tmp_path / ".checkpoint-4-abc").mkdir()
+    (tmp_path / ".checkpoint-4-abc" / "optimizer.pt").write_bytes(b"half")
+    remove_unfinished(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_checkpoint_is_found_by_word_name_and_path(tmp_path):
+    save(tmp_path, 5)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert choose_checkpoint(tmp_path, "checkpoint-5").step == 5
+    assert choose_checkpoint(elsewhere, str(tmp_path / "checkpoint-5")).step == 5
+    assert choose_checkpoint(tmp_path, "none") is None
+    assert choose_checkpoint(tmp_path, "") is None
+    assert choose_checkpoint(elsewhere, "latest") is None
+
+
+@pytest.mark.parametrize(("steps", "code"), [([5], "E-CHECKPOINT-NOT-FOUND"), ([], "E-CHECKPOINT-NONE")])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_an_unknown_checkpoint_is_refused_with_what_there_is(tmp_path, steps, code, language):
+    for step in steps:
+        save(tmp_path, step)
+    with pytest.raises(ConfigError) as caught:
+        choose_checkpoint(tmp_path, "checkpoint-6")
+    (problem,) = caught.value.problems
+    assert problem.code == code
+    title, hint = render_problem(problem, language)
+    assert "checkpoint-6" in title
+    assert all(f"checkpoint-{step}" in title for step in steps)
+    assert "latest" in hint
+
+
+def test_other_options_warn_or_refuse(tmp_path):
+    checkpoint = save(tmp_path, 5)
+    assert recipe_problems(checkpoint, RECIPE) == []
+    changed = Recipe(**{**vars(RECIPE), "rank": 8, "plan": "other"})
+    problems = {problem.params["what"]: problem for problem in recipe_problems(checkpoint, changed)}
+    assert (problems["rank"].severity, problems["plan"].severity) == (Severity.ERROR, Severity.WARNING)
+    assert "8" in render_problem(problems["rank"], "es")[0]
+    assert "plan" in render_problem(problems["plan"], "en")[0]
+
+
+def test_the_state_file_is_plain_json(tmp_path):
+    state = json.loads((save(tmp_path, 5).path / "training_state.json").read_text())
+    assert state["step"] == 5
+    assert set(state["files"]) == {LORA_FILE_NAME, "optimizer.pt"}
