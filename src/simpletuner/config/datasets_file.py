@@ -10,6 +10,7 @@ from typing import Literal
 
 from simpletuner.catalog.upstream import DATASET_UPSTREAM, Effect, asks_for_something
 from simpletuner.config.build import build_section, convert_setting
+from simpletuner.config.dataset_rules import broken_dataset_rules
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset, TextEmbeds, dataset_options
 from simpletuner.config.fields import Option
 from simpletuner.config.json_text import JsonDocument, escape_pointer, parse_json, read_text, repeated_key_warnings
@@ -183,6 +184,9 @@ class _Reader:
     def _image(self, settings: dict[str, Setting], pointer: str, name: str) -> ImageDataset:
         built, problems = build_section(ImageDataset, settings, dataset_options("image"))
         self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
+        written = frozenset(key for key, setting in settings.items() if setting.origin.kind is OriginKind.FILE)
+        for problem in () if problems else broken_dataset_rules(built, written=written):
+            self._problems.append(self._about(problem, f"{pointer}{problem.path}", name))
         cache_dir = built.cache_dir_vae or f"{self._config.data.cache_dir}/vae/{{id}}"
         return built.model_copy(
             update={
@@ -225,7 +229,9 @@ class _Reader:
 
     def _about(self, problem: Problem, pointer: str, name: str) -> Problem:
         """A problem of an option, told as one of a dataset."""
-        params = {**problem.params, "key": f"{name}.{problem.params['key']}"}
+        params = dict(problem.params)
+        if "key" in params:
+            params["key"] = f"{name}.{params['key']}"
         origin = self._place(pointer)
         return Problem(code=problem.code, params=params, origin=origin, path=pointer, fixes=problem.fixes)
 

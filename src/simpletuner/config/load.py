@@ -57,7 +57,9 @@ def load_run_config(
     problems += refused_values
     origins = _origins(derived.settings)
     problems += derived.notices
-    problems += broken_rules(config, origins, invalid_names(problems))
+    broken, beyond = broken_rules(config, origins, invalid_names(problems))
+    problems += broken
+    refused += beyond
     datasets = load_datasets(config, environ=environ, cwd=cwd)
     problems += (_with_origin(problem, origins) for problem in datasets.problems)
     refused += datasets.refused

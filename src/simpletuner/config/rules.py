@@ -1,23 +1,39 @@
-"""Rules that concern more than one option."""
+"""Rules that concern the meaning of options or more than one of them.
+
+A rule says what is wrong; a limit says what this version knows by name but cannot do. Both are checked at load time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSITORY
+from simpletuner.catalog.optimizers import OPTIMIZERS
+from simpletuner.catalog.precisions import PRECISIONS
+from simpletuner.catalog.schedules import SCHEDULES
 from simpletuner.config.root import Config
-from simpletuner.config.settings import Origin
-from simpletuner.problems import Problem
+from simpletuner.config.settings import Origin, OriginKind
+from simpletuner.config.size_rules import GLOBAL_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
+from simpletuner.problems import Fix, Problem, Severity
 
-Check = Callable[[Config], Problem | None]
+Origins = Mapping[str, Origin]
+Check = Callable[[Config, Origins], Problem | None]
+
+_WARNING = Severity.WARNING
+_HIGH_LEARNING_RATE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A check of the options `names`; the problem is told as one of the first."""
+    """A check of the options `names`; the problem is told as one of the first. `is_limit`: not wrong, but beyond
+    this version."""
 
     names: tuple[str, ...]
     check: Check
+    is_limit: bool = False
 
 
 def rule(*names: str) -> Callable[[Check], Rule]:
@@ -25,24 +41,299 @@ def rule(*names: str) -> Callable[[Check], Rule]:
     return lambda check: Rule(names=names, check=check)
 
 
-def broken_rules(config: Config, origins: Mapping[str, Origin], invalid: frozenset[str]) -> list[Problem]:
-    """The problem of every rule that `config` breaks."""
-    found: list[Problem] = []
+def limit(*names: str) -> Callable[[Check], Rule]:
+    """Make a function a limit of this version, about the options `names`."""
+    return lambda check: Rule(names=names, check=check, is_limit=True)
+
+
+def broken_rules(config: Config, origins: Origins, invalid: frozenset[str]) -> tuple[list[Problem], list[Problem]]:
+    """(problems of the rules that `config` breaks, those of the limits that it exceeds)."""
+    found: tuple[list[Problem], list[Problem]] = ([], [])
     for known in RULES:
-        problem = None if invalid & set(known.names) else known.check(config)
+        problem = None if invalid & set(known.names) else known.check(config, origins)
         if problem is not None:
-            name = known.names[0]
-            origin = problem.origin or origins[name].place
-            found.append(replace(problem, origin=origin, path=problem.path or f"/{name}"))
+            name = problem.path[1:] if problem.path else known.names[0]
+            told = replace(problem, origin=problem.origin or origins[name].place, path=f"/{name}")
+            found[known.is_limit and told.severity is Severity.ERROR].append(told)
     return found
 
 
+# How long and how fast
+
+
 @rule("max_train_steps", "num_train_epochs")
-def run_has_one_length(c: Config) -> Problem | None:
+def run_has_one_length(c: Config, origins: Origins) -> Problem | None:
     steps, epochs = c.run.max_train_steps, c.run.num_train_epochs
     if steps and epochs:
-        return Problem(code="E-LENGTH-TWICE", params={"steps": steps, "epochs": epochs})
-    return None if steps or epochs else Problem(code="E-LENGTH-NONE")
+        fixes = (Fix(key="num_train_epochs", value=0), Fix(key="max_train_steps", value=0))
+        return Problem(code="E-LENGTH-TWICE", params={"steps": steps, "epochs": epochs}, fixes=fixes)
+    return None if steps or epochs else Problem(code="E-LENGTH-NONE", fixes=(Fix(key="num_train_epochs", value=1),))
 
 
-RULES = tuple(value for value in list(globals().values()) if isinstance(value, Rule))
+@rule("optimizer_beta1", "optimizer_beta2")
+def betas_come_together(c: Config, origins: Origins) -> Problem | None:
+    betas = {"optimizer_beta1": c.optimizer.optimizer_beta1, "optimizer_beta2": c.optimizer.optimizer_beta2}
+    given = [name for name, value in betas.items() if value is not None]
+    if len(given) != 1:
+        return None
+    missing = next(name for name in betas if name not in given)
+    position = list(betas).index(missing)
+    fixes = (Fix(key=missing, value=OPTIMIZERS[c.optimizer.optimizer].betas[position]),)
+    return Problem(code="E-BETAS", params={"given": given[0], "missing": missing}, path=f"/{given[0]}", fixes=fixes)
+
+
+@rule("learning_rate")
+def learning_rate_is_plausible(c: Config, origins: Origins) -> Problem | None:
+    rate = c.optimizer.learning_rate
+    if rate <= _HIGH_LEARNING_RATE:
+        return None
+    params = {"value": f"{rate:g}", "highest": f"{_HIGH_LEARNING_RATE:g}"}
+    return Problem(code="W-LEARNING-RATE-HIGH", severity=_WARNING, params=params, fixes=(_fix("learning_rate", 1e-4),))
+
+
+@rule("lr_warmup_steps", "max_train_steps")
+def warmup_ends_before_the_run(c: Config, origins: Origins) -> Problem | None:
+    warmup, steps = c.optimizer.lr_warmup_steps, c.run.max_train_steps
+    if not steps or warmup < steps:
+        return None
+    return Problem(code="W-WARMUP-LONG", severity=_WARNING, params={"warmup": warmup, "steps": steps})
+
+
+@rule("lr_warmup_steps", "lr_end", "lr_num_cycles", "lr_power", "lr_scheduler")
+def schedule_reads_what_is_set(c: Config, origins: Origins) -> Problem | None:
+    schedule = SCHEDULES[c.optimizer.lr_scheduler]
+    reads = {
+        "lr_warmup_steps": schedule.warms_up or not c.optimizer.lr_warmup_steps,
+        "lr_end": schedule.ends,
+        "lr_num_cycles": schedule.cycles,
+        "lr_power": schedule.power,
+    }
+    unread = [name for name, is_read in reads.items() if not is_read and _was_set(name, origins)]
+    if not unread:
+        return None
+    params = {"unread": ", ".join(unread), "schedule": schedule.name}
+    return Problem(code="W-SCHEDULE-UNREAD", severity=_WARNING, params=params, path=f"/{unread[0]}")
+
+
+# The model and its flavour
+
+
+@rule("model_flavour", "pretrained_model_name_or_path")
+def flavour_fits_the_repository(c: Config, origins: Origins) -> Problem | None:
+    location, flavour = c.model.pretrained_model_name_or_path, FLAVOURS[c.model.model_flavour]
+    if location not in (BASE_REPOSITORY, TURBO_REPOSITORY) or location == flavour.repository:
+        return None
+    params = {"flavour": flavour.name, "location": location, "expected": flavour.repository}
+    return Problem(code="W-FLAVOUR-REPOSITORY", severity=_WARNING, params=params)
+
+
+@rule("disable_assistant_lora", "model_flavour", "assistant_lora_path")
+def turbo_has_its_assistant(c: Config, origins: Origins) -> Problem | None:
+    flavour = FLAVOURS[c.model.model_flavour]
+    if not flavour.distilled or (c.adapter.assistant_lora_path and not c.adapter.disable_assistant_lora):
+        return None
+    params = {"flavour": flavour.name}
+    fixes = (Fix(key="disable_assistant_lora", value=False),)
+    return Problem(code="W-ASSISTANT-OFF", severity=_WARNING, params=params, fixes=fixes)
+
+
+@rule("assistant_lora_path", "model_flavour")
+def only_turbo_needs_an_assistant(c: Config, origins: Origins) -> Problem | None:
+    flavour = FLAVOURS[c.model.model_flavour]
+    if flavour.distilled or not c.adapter.assistant_lora_path:
+        return None
+    return Problem(code="W-ASSISTANT-NEEDLESS", severity=_WARNING, params={"flavour": flavour.name})
+
+
+@rule("flow_schedule_shift", "model_flavour")
+def turbo_keeps_its_shift(c: Config, origins: Origins) -> Problem | None:
+    flavour, shift = FLAVOURS[c.model.model_flavour], c.flow.flow_schedule_shift
+    if not flavour.distilled or shift == flavour.flow_schedule_shift:
+        return None
+    params = {"value": f"{shift:g}", "expected": f"{flavour.flow_schedule_shift:g}", "flavour": flavour.name}
+    fixes = (_fix("flow_schedule_shift", flavour.flow_schedule_shift),)
+    return Problem(code="W-SHIFT-TURBO", severity=_WARNING, params=params, fixes=fixes)
+
+
+@rule("flow_schedule_shift", "flow_schedule_auto_shift")
+def one_shift_at_a_time(c: Config, origins: Origins) -> Problem | None:
+    if not c.flow.flow_schedule_auto_shift or not _was_set("flow_schedule_shift", origins):
+        return None
+    params = {"value": f"{c.flow.flow_schedule_shift:g}"}
+    return Problem(code="W-SHIFT-AUTO", severity=_WARNING, params=params)
+
+
+@rule("flow_sigmoid_scale", "flow_use_uniform_schedule")
+def uniform_has_no_scale(c: Config, origins: Origins) -> Problem | None:
+    if not c.flow.flow_use_uniform_schedule or not _was_set("flow_sigmoid_scale", origins):
+        return None
+    return Problem(code="W-SIGMOID-UNREAD", severity=_WARNING)
+
+
+# Validation images
+
+
+@rule("validation_guidance", "model_flavour", "validation_disable")
+def guidance_suits_the_flavour(c: Config, origins: Origins) -> Problem | None:
+    flavour, value = FLAVOURS[c.model.model_flavour], c.validation.validation_guidance
+    low, high = flavour.guidance
+    if c.validation.validation_disable or low <= value <= high:
+        return None
+    params = {"value": f"{value:g}", "low": f"{low:g}", "high": f"{high:g}", "flavour": flavour.name}
+    fixes = (_fix("validation_guidance", flavour.validation_guidance),)
+    return Problem(code="W-GUIDANCE", severity=_WARNING, params=params, fixes=fixes)
+
+
+@rule("validation_num_inference_steps", "model_flavour", "validation_disable")
+def steps_suit_the_flavour(c: Config, origins: Origins) -> Problem | None:
+    flavour, value = FLAVOURS[c.model.model_flavour], c.validation.validation_num_inference_steps
+    low, high = flavour.steps
+    if c.validation.validation_disable or low <= value <= high:
+        return None
+    params = {"value": value, "low": low, "high": high, "flavour": flavour.name}
+    fixes = (_fix("validation_num_inference_steps", flavour.validation_num_inference_steps),)
+    return Problem(code="W-STEPS", severity=_WARNING, params=params, fixes=fixes)
+
+
+@rule("validation_prompt", "user_prompt_library", "validation_disable")
+def validation_has_a_prompt(c: Config, origins: Origins) -> Problem | None:
+    v = c.validation
+    if v.validation_disable or v.validation_prompt or v.user_prompt_library:
+        return None
+    return Problem(code="W-NO-PROMPT", severity=_WARNING, fixes=(Fix(key="validation_disable", value=True),))
+
+
+@rule("user_prompt_library", "validation_disable")
+def prompt_library_exists(c: Config, origins: Origins) -> Problem | None:
+    library = c.validation.user_prompt_library
+    if c.validation.validation_disable or library is None or Path(library).is_file():
+        return None
+    return Problem(code="E-PATH-FILE", params={"key": "user_prompt_library", "value": library})
+
+
+# Files, devices, memory
+
+
+@rule("init_lora")
+def starting_adapter_exists(c: Config, origins: Origins) -> Problem | None:
+    path = c.adapter.init_lora
+    if path is None or Path(path).is_file():
+        return None
+    return Problem(code="E-PATH-FILE", params={"key": "init_lora", "value": path})
+
+
+@rule("device")
+def device_is_known(c: Config, origins: Origins) -> Problem | None:
+    if re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", c.run.device):
+        return None
+    return Problem(code="E-DEVICE", params={"value": c.run.device}, fixes=(Fix(key="device", value="auto"),))
+
+
+@rule("gradient_checkpointing_interval", "gradient_checkpointing")
+def interval_needs_checkpointing(c: Config, origins: Origins) -> Problem | None:
+    if c.memory.gradient_checkpointing or c.memory.gradient_checkpointing_interval == 1:
+        return None
+    fixes = (Fix(key="gradient_checkpointing", value=True),)
+    return Problem(code="W-CHECKPOINTING-OFF", severity=_WARNING, fixes=fixes)
+
+
+@rule("lora_targets", "peft_lora_target_modules")
+def modules_replace_targets(c: Config, origins: Origins) -> Problem | None:
+    if c.adapter.peft_lora_target_modules is None or not _was_set("lora_targets", origins):
+        return None
+    return Problem(code="W-TARGETS-TWICE", severity=_WARNING, params={"value": c.adapter.lora_targets})
+
+
+@rule("maximum_image_size", "target_downsample_size", "minimum_image_size", "resolution", "resolution_type")
+def sizes_make_sense(c: Config, origins: Origins) -> Problem | None:
+    return broken_size_rule(
+        Sizes(
+            resolution=c.data.resolution,
+            resolution_type=c.data.resolution_type,
+            maximum=c.data.maximum_image_size,
+            target=c.data.target_downsample_size,
+        ),
+        limit_megapixels=GLOBAL_LIMIT_MEGAPIXELS,
+    )
+
+
+# Limits of this version
+
+
+@limit("model_type")
+def full_training_is_not_there_yet(c: Config, origins: Origins) -> Problem | None:
+    if c.model.model_type == "lora":
+        return None
+    return _beyond("model_type", c.model.model_type, "lora")
+
+
+@limit("lora_type")
+def lycoris_is_not_there_yet(c: Config, origins: Origins) -> Problem | None:
+    if c.adapter.lora_type == "standard":
+        return None
+    return _beyond("lora_type", c.adapter.lora_type, "standard")
+
+
+@limit("base_model_precision")
+def precision_is_available(c: Config, origins: Origins) -> Problem | None:
+    name = c.memory.base_model_precision
+    return None if PRECISIONS[name].available else _beyond("base_model_precision", name, "no_change")
+
+
+@limit("optimizer")
+def optimizer_is_available(c: Config, origins: Origins) -> Problem | None:
+    name = c.optimizer.optimizer
+    if OPTIMIZERS[name].available:
+        return None
+    return _beyond("optimizer", name, "lion" if "lion" in name else "adamw_bf16")
+
+
+@limit("loss_type")
+def loss_is_available(c: Config, origins: Origins) -> Problem | None:
+    return None if c.flow.loss_type == "l2" else _beyond("loss_type", c.flow.loss_type, "l2")
+
+
+@limit("num_processes")
+def one_process_only(c: Config, origins: Origins) -> Problem | None:
+    return None if c.parallel.num_processes == 1 else _beyond("num_processes", c.parallel.num_processes, 1)
+
+
+@limit("report_to")
+def trackers_are_not_there_yet(c: Config, origins: Origins) -> Problem | None:
+    return _unused("report_to", c.tracking.report_to) if c.tracking.report_to != "none" else None
+
+
+@limit("webhook_config")
+def webhooks_are_not_there_yet(c: Config, origins: Origins) -> Problem | None:
+    return _unused("webhook_config", "...") if c.tracking.webhook_config else None
+
+
+@limit("push_to_hub")
+def uploads_are_not_there_yet(c: Config, origins: Origins) -> Problem | None:
+    return _unused("push_to_hub", "true") if c.publish.push_to_hub else None
+
+
+def _was_set(name: str, origins: Origins) -> bool:
+    return origins[name].kind not in (OriginKind.DEFAULT, OriginKind.FLAVOUR)
+
+
+def _fix(name: str, value: float) -> Fix:
+    return Fix(key=name, value=float(f"{value:g}"))
+
+
+def _beyond(name: str, value: object, instead: object) -> Problem:
+    """The run would train something else than what was asked for: refuse."""
+    params = {"key": name, "value": value, "instead": instead}
+    return Problem(code="E-VALUE-NOT-YET", params=params, fixes=(Fix(key=name, value=instead),))
+
+
+def _unused(name: str, value: str) -> Problem:
+    """The run is the same without it: say so and go on."""
+    return Problem(code="W-NOT-YET-OTHER", severity=_WARNING, params={"key": name, "value": value})
+
+
+def _all_rules() -> Iterator[Rule]:
+    yield from (value for value in list(globals().values()) if isinstance(value, Rule))
+
+
+RULES = tuple(_all_rules())

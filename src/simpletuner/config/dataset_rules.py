@@ -1,0 +1,62 @@
+"""Rules within one dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from simpletuner.config.datasets import ImageDataset
+from simpletuner.config.size_rules import DATASET_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
+from simpletuner.problems import Fix, Problem
+
+SIZE_KEYS = ("resolution", "resolution_type", "maximum_image_size", "target_downsample_size")
+
+
+def broken_dataset_rules(dataset: ImageDataset, *, written: frozenset[str]) -> Iterator[Problem]:
+    """The problems of one dataset; their paths name keys. `written` are the keys of the entry itself: what is wrong
+    with inherited sizes alone is told once, for the run."""
+    checks: tuple[Callable[[ImageDataset], Problem | None], ...] = (_prompt, _aspects, _aspect_range)
+    for check in checks:
+        problem = check(dataset)
+        if problem is not None:
+            yield problem
+    problem = _sizes(dataset) if written & set(SIZE_KEYS) else None
+    if problem is not None:
+        yield problem
+
+
+def _sizes(dataset: ImageDataset) -> Problem | None:
+    sizes = Sizes(
+        resolution=dataset.resolution,
+        resolution_type=dataset.resolution_type,
+        maximum=dataset.maximum_image_size,
+        target=dataset.target_downsample_size,
+    )
+    return broken_size_rule(sizes, limit_megapixels=DATASET_LIMIT_MEGAPIXELS)
+
+
+def _prompt(dataset: ImageDataset) -> Problem | None:
+    uses = (
+        ("caption_strategy", dataset.caption_strategy == "instanceprompt"),
+        ("prepend_instance_prompt", dataset.prepend_instance_prompt),
+        ("only_instance_prompt", dataset.only_instance_prompt),
+    )
+    reason = next((key for key, needs_it in uses if needs_it), None)
+    if reason is None or dataset.instance_prompt:
+        return None
+    return Problem(code="E-DATASET-PROMPT", params={"id": dataset.id, "reason": reason}, path=f"/{reason}")
+
+
+def _aspects(dataset: ImageDataset) -> Problem | None:
+    if not dataset.crop or dataset.crop_aspect not in ("closest", "random") or dataset.crop_aspect_buckets:
+        return None
+    params = {"id": dataset.id, "value": dataset.crop_aspect}
+    fixes = (Fix(key="crop_aspect_buckets", value=[0.75, 1.0, 1.33]),)
+    return Problem(code="E-DATASET-ASPECTS", params=params, path="/crop_aspect", fixes=fixes)
+
+
+def _aspect_range(dataset: ImageDataset) -> Problem | None:
+    low, high = dataset.minimum_aspect_ratio, dataset.maximum_aspect_ratio
+    if low is None or high is None or low <= high:
+        return None
+    params = {"id": dataset.id, "low": f"{low:g}", "high": f"{high:g}"}
+    return Problem(code="E-DATASET-ASPECT-RANGE", params=params, path="/minimum_aspect_ratio")
