@@ -21,6 +21,7 @@ from simpletuner.problems import ExitCode, Problem, Severity
 
 STEPS_PER_LINE = 10
 SECONDS_PER_LINE = 30.0
+SILENT_PHASES = frozenset({"train", "validation", "checkpoint"})  # their own events say it
 _BANNER_ROWS = ("model", "data", "precision", "device", "plan", "output")
 
 Icon: TypeAlias = Literal["", "ok", "warning", "error", "saved", "images", "stop"]
@@ -37,6 +38,7 @@ class Line:
     """One line for people. `progress` lines are left out where bars show the same."""
 
     text: str
+    label: str = ""  # of a row of the banner
     level: t.Level = "info"
     icon: Icon = ""
     progress: bool = False
@@ -112,11 +114,13 @@ class Narrator:
         rows = _banner(event, self._output_dir, self._language)
         labels = [text(f"console.banner.{row}", self._language) for row in _BANNER_ROWS]
         width = max(map(len, labels))
-        return [Line(text=f"  {label:{width}}  {row}") for label, row in zip(labels, rows, strict=True)]
+        return [Line(text=row, label=f"  {label:{width}}  ") for label, row in zip(labels, rows, strict=True)]
 
     @_lines.register
     def _(self, event: t.RunPhase) -> list[Line]:
-        return [Line(text=phase_text(event, self._language), icon="ok", progress=True)] if event.finished else []
+        if not event.finished or event.key in SILENT_PHASES:
+            return []
+        return [Line(text=phase_text(event, self._language), icon="ok", progress=True)]
 
     @_lines.register
     def _(self, event: t.StepFinished) -> list[Line]:
@@ -197,8 +201,8 @@ class Narrator:
             "images": plural("images", event.num_images, self._language),
             "duration": formats.duration(event.seconds, self._language),
         }
-        arrow = f" -> {event.contact_sheet}" if event.contact_sheet else ""
-        return [Line(text=text(key, self._language, **values) + arrow, icon="images")]
+        sheet = f" · {event.contact_sheet}" if event.contact_sheet else ""
+        return [Line(text=text(key, self._language, **values) + sheet, icon="images")]
 
 
 class LogSink:
@@ -227,7 +231,7 @@ class LogSink:
 def format_line(line: Line, time_s: float) -> str:
     """ "2026-03-12T10:58:03Z INFO  checkpoint 800 ..."."""
     moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time_s))
-    return f"{moment} {line.level.upper():7} {line.text}".rstrip()
+    return f"{moment} {line.level.upper():7} {line.label}{line.text}".rstrip()
 
 
 def problem_lines(problem: Problem, language: str) -> list[str]:
@@ -248,20 +252,20 @@ def phase_label(key: str, language: str) -> str:
 
 
 def phase_text(phase: t.RunPhase, language: str) -> str:
-    """ "latents 12/24 images, 3.1 s"."""
-    return f"{phase_label(phase.key, language)}: {', '.join(phase_figures(phase, language))}"
+    """ "latents: 12/24 images, 3.1 s"."""
+    figures = [phase_amount(phase, language), formats.duration(phase.elapsed_s, language)]
+    return f"{phase_label(phase.key, language)}: {', '.join(figure for figure in figures if figure)}"
 
 
-def phase_figures(phase: t.RunPhase, language: str) -> list[str]:
-    """How much of a phase is done, and its time."""
-    figures = []
+def phase_amount(phase: t.RunPhase, language: str, *, with_unit: bool = True) -> str:
+    """ "12/24 images", "1.2 GB/12 GB"; empty if nothing is counted. A unit that only repeats the label is left out."""
     if phase.unit == "bytes":
         sizes = [phase.done, *([phase.total] if phase.total else [])]
-        figures.append("/".join(formats.size(number, language) for number in sizes))
-    elif phase.total is not None:
-        unit = known_text(f"unit.{phase.unit}", language, {}, fallback=phase.unit) if phase.unit else ""
-        figures.append(f"{phase.done}/{phase.total} {unit}".rstrip())
-    return [*figures, formats.duration(phase.elapsed_s, language)]
+        return "/".join(formats.size(number, language) for number in sizes)
+    if phase.total is None:
+        return ""
+    unit = known_text(f"console.unit.{phase.unit}", language, {}, fallback=phase.unit) if phase.unit and with_unit else ""
+    return f"{phase.done}/{phase.total} {'' if unit == phase_label(phase.key, language) else unit}".rstrip()
 
 
 def plural(noun: str, count: int, language: str) -> str:
@@ -286,7 +290,7 @@ def _banner(plan: t.RunPlanned, output_dir: str, language: str) -> list[str]:
         device += f" · {formats.size(plan.memory_total_bytes, language)}"
     if plan.memory_free_bytes:
         device += f" ({text('console.free', language, size=formats.size(plan.memory_free_bytes, language))})"
-    steps = [f"{plural('steps', plan.total_steps, language)} ≈ {plural('epochs', plan.num_epochs, language)}"]
+    steps = [f"{plural('steps', plan.total_steps, language)} ({plural('epochs', plan.num_epochs, language)})"]
     if plan.start_step:
         steps.append(text("console.from_step", language, step=plan.start_step))
     if plan.validation_step_interval:

@@ -76,7 +76,7 @@ class RunPhase(Event):
     key: str
     done: int = 0
     total: int | None = None
-    unit: str | None = None  # "images", "bytes", ...: the text `unit.<unit>`
+    unit: str | None = None  # "images", "bytes", ...: the text `console.unit.<unit>`
     elapsed_s: float = 0.0
     detail: str | None = None  # what it works on right now: a file name, a download
     finished: bool = False
