@@ -50,7 +50,7 @@ def choose_device(requested: str) -> torch.device:
     }
     if (device.index or 0) >= found.get(device.type, 0):
         raise _no_device(requested)
-    if device.type == "cuda" and device.index is None:
+    if requested == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
@@ -85,7 +85,7 @@ def _is_fast(device: torch.device, mixed_precision: str) -> bool:
         # Matrix units for bfloat16 (AMX); without them a product is slower than in float32.
         return mixed_precision == "bf16" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
     if device.type == "cuda" and mixed_precision == "bf16":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return True
 
 

@@ -82,7 +82,7 @@ def run_loop(
         if _is_due(step, settings.validation_interval) or steering.wants_validation():
             validate(step)
         stop_level = steering.stop_level()
-    if step == settings.total_steps:
+    if step >= settings.total_steps:
         return Ending.COMPLETE, step
     if stop_level > 1:
         return Ending.ABANDONED, step

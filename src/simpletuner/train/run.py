@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,19 +12,16 @@ from pathlib import Path
 
 import torch
 
-from simpletuner import __version__
 from simpletuner.adapters.files import LORA_FILE_NAME, save_lora
 from simpletuner.adapters.lora import disabled
-from simpletuner.config.effective import effective_json
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.loader import Latents, iterate_batches
 from simpletuner.data.records import Plan
 from simpletuner.data.sampler import Sampler
-from simpletuner.events.run_directory import RunRecorder, Sink
-from simpletuner.events.run_status import RunInfo
+from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
-from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, ProblemReported, RunPlanned
+from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, ProblemReported, RunPlanned, SettingOverridden
 from simpletuner.models.weights import PipelineFiles, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.optim.schedules import schedule_problems
@@ -67,42 +65,29 @@ class Outcome:
 def train(
     loaded: LoadedConfig,
     *,
-    argv: Sequence[str],
-    sinks: Sequence[Sink],
+    run: RunRecorder,
     stop: StopRequest,
     headings: Callable[[int], str] = "step {}".format,
 ) -> Outcome:
-    """Train as `loaded` says, in its output directory.
+    """Train as `loaded` says, in the directory of `run`, and finish `run`.
 
     Args:
-        sinks: where events go beside the run directory; closed at the end.
         stop: polled between steps; its signal handlers are installed by the caller.
         headings: step -> heading of its column in the contact sheet; step 0 is the base model.
     Raises:
-        SimpletunerError: whatever the user can mend; the run directory records it.
+        SimpletunerError: whatever the user can mend.
         KeyboardInterrupt: asked to leave before there was anything to save.
     """
-    config = loaded.config
-    info = RunInfo(
-        version=__version__,
-        argv=tuple(argv),
-        config_path=str(loaded.config_path) if loaded.config_path else None,
-        versions={"torch": torch.__version__},
-    )
-    effective = effective_json(loaded)
-    output_dir = Path(config.run.output_dir)
-    with RunRecorder.start(output_dir, info=info, effective_config=effective, sinks=sinks, stop=stop) as run:
-        for problem in loaded.warnings:
-            run.emit(ProblemReported(problem=problem))
-        remove_unfinished(output_dir)
-        outcome = _Run(loaded, run=run, stop=stop, headings=headings).carry_out()
-        if outcome.exit_code is ExitCode.STOPPED:
-            run.finish(state="stopped", exit_code=outcome.exit_code, reason="stop-requested")
-        elif outcome.exit_code is ExitCode.INTERRUPTED:
-            run.finish(state="stopped", exit_code=outcome.exit_code, reason="interrupted")
-        else:
-            run.finish(output=str(outcome.weights))
-        return outcome
+    for problem in loaded.warnings:
+        run.emit(ProblemReported(problem=problem))
+    remove_unfinished(run.directory.path)
+    outcome = _Run(loaded, run=run, stop=stop, headings=headings).carry_out()
+    if outcome.exit_code is ExitCode.OK:
+        run.finish(output=outcome.weights.name if outcome.weights else None)
+    else:
+        reason = "stop-requested" if outcome.exit_code is ExitCode.STOPPED else "interrupted"
+        run.finish(state="stopped", exit_code=outcome.exit_code, reason=reason)
+    return outcome
 
 
 class _Run:
@@ -113,7 +98,7 @@ class _Run:
     ) -> None:
         self._loaded = loaded
         self._config = loaded.config
-        self._output_dir = Path(loaded.config.run.output_dir)
+        self._output_dir = run.directory.path
         self._run = run
         self._stop = stop
         self._headings = headings
@@ -124,6 +109,7 @@ class _Run:
             requests = image_requests(config)
             compute = self._choose_compute()
             checkpoint = choose_checkpoint(self._output_dir, config.run.resume_from_checkpoint)
+            config = self._settle_seed(checkpoint)
             files = self._find_model()
             plan = scan_datasets(config, self._loaded.datasets, run)
             sampler = Sampler(plan, seed=config.run.seed, batch_size=config.optimizer.train_batch_size)
@@ -176,6 +162,16 @@ class _Run:
         weights = self._save_result(training, step)
         validator.show(step)
         return Outcome(exit_code=ExitCode.OK, step=step, weights=weights, sheet=validator.sheet)
+
+    def _settle_seed(self, checkpoint: Checkpoint | None) -> Config:
+        """The configuration with the seed -1 replaced by the checkpoint's, or by one drawn now."""
+        requested = self._config.run
+        if requested.seed < 0:
+            seed = checkpoint.recipe.seed if checkpoint else secrets.randbelow(2**31)
+            self._run.emit(SettingOverridden(option="seed", requested=-1, used=seed, reason="override.seed"))
+            run = requested.model_copy(update={"seed": seed})
+            self._config = self._config.model_copy(update={"run": run})
+        return self._config
 
     def _choose_compute(self) -> Compute:
         compute, override = choose_compute(

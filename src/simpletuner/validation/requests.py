@@ -73,7 +73,7 @@ def plan_images(
 
 def safe_name(nickname: str) -> str:
     """A nickname as a part of a file name: letters, digits, "-" and "_", at most 64; never empty."""
-    return re.sub(r"[^\w-]+", "_", nickname).strip("_")[:64] or "prompt"
+    return re.sub(r"(?:[^\w-]|_)+", "_", nickname).strip("_")[:64] or "prompt"
 
 
 def _read_library(path: Path) -> Mapping[str, object]:
