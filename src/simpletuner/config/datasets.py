@@ -117,12 +117,6 @@ class ImageDataset(Section):
     cache_dir_vae: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/vae/<id>")] = ""
     """Folder of the cached latents. {id}, {output_dir} and {model_family} are filled in."""
 
-    vae_batch_size: Annotated[int, Ge(1), Opt(unit="images")] = 4
-    """Images that the VAE encodes at once while it fills the cache."""
-
-    write_batch_size: Annotated[int, Ge(1), Opt(level="expert")] = 128
-    """Cache entries that are written at once."""
-
     text_embeds: Annotated[str | None, Opt(level="expert")] = None
     """Id of the text_embeds entry that caches the captions."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ def derive(chosen: Settings, *, config_path: Path | None, cwd: Path) -> Derived:
     """Add what follows from `chosen` (converted settings by option name). Later steps see what earlier ones set."""
     settings = dict(chosen)
     notices: list[Problem] = []
-    for step in (_model_location, _flavour, _length, _schedule, _seed, _alpha):
+    for step in (_model_location, _flavour, _length, _schedule, _alpha):
         step(settings, notices)
     _folders(settings, config_path, cwd)
     return Derived(settings=settings, notices=tuple(notices))
@@ -104,14 +103,6 @@ def _schedule(settings: dict[str, Setting], notices: list[Problem]) -> None:
     if schedule.value == "constant" and not SCHEDULES["constant"].warms_up:
         settings["lr_scheduler"] = replace(schedule, value="constant_with_warmup")
         notices.append(_notice("I-SCHEDULE-WARMUP", schedule, {"steps": warmup.value}))
-
-
-def _seed(settings: dict[str, Setting], notices: list[Problem]) -> None:
-    seed = settings.get("seed")
-    if seed is not None and seed.value == -1:
-        drawn = random.SystemRandom().randrange(1, 2**31)
-        settings["seed"] = replace(seed, value=drawn)
-        notices.append(_notice("I-SEED-DRAWN", seed, {"seed": drawn}))
 
 
 def _alpha(settings: dict[str, Setting], notices: list[Problem]) -> None:

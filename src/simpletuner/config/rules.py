@@ -14,7 +14,7 @@ from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSI
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.catalog.schedules import SCHEDULES
-from simpletuner.config.root import Config
+from simpletuner.config.root import Config, options
 from simpletuner.config.settings import Origin, OriginKind
 from simpletuner.config.size_rules import GLOBAL_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
 from simpletuner.problems import Fix, Problem, Severity
@@ -108,7 +108,7 @@ def schedule_reads_what_is_set(c: Config, origins: Origins) -> Problem | None:
         "lr_num_cycles": schedule.cycles,
         "lr_power": schedule.power,
     }
-    unread = [name for name, is_read in reads.items() if not is_read and _was_set(name, origins)]
+    unread = [name for name, is_read in reads.items() if not is_read and _was_changed(c, name, origins)]
     if not unread:
         return None
     params = {"unread": ", ".join(unread), "schedule": schedule.name}
@@ -157,7 +157,7 @@ def turbo_keeps_its_shift(c: Config, origins: Origins) -> Problem | None:
 
 @rule("flow_schedule_shift", "flow_schedule_auto_shift")
 def one_shift_at_a_time(c: Config, origins: Origins) -> Problem | None:
-    if not c.flow.flow_schedule_auto_shift or not _was_set("flow_schedule_shift", origins):
+    if not c.flow.flow_schedule_auto_shift or not _was_changed(c, "flow_schedule_shift", origins):
         return None
     params = {"value": f"{c.flow.flow_schedule_shift:g}"}
     return Problem(code="W-SHIFT-AUTO", severity=_WARNING, params=params)
@@ -165,7 +165,7 @@ def one_shift_at_a_time(c: Config, origins: Origins) -> Problem | None:
 
 @rule("flow_sigmoid_scale", "flow_use_uniform_schedule")
 def uniform_has_no_scale(c: Config, origins: Origins) -> Problem | None:
-    if not c.flow.flow_use_uniform_schedule or not _was_set("flow_sigmoid_scale", origins):
+    if not c.flow.flow_use_uniform_schedule or not _was_changed(c, "flow_sigmoid_scale", origins):
         return None
     return Problem(code="W-SIGMOID-UNREAD", severity=_WARNING)
 
@@ -239,7 +239,7 @@ def interval_needs_checkpointing(c: Config, origins: Origins) -> Problem | None:
 
 @rule("lora_targets", "peft_lora_target_modules")
 def modules_replace_targets(c: Config, origins: Origins) -> Problem | None:
-    if c.adapter.peft_lora_target_modules is None or not _was_set("lora_targets", origins):
+    if c.adapter.peft_lora_target_modules is None or not _was_changed(c, "lora_targets", origins):
         return None
     return Problem(code="W-TARGETS-TWICE", severity=_WARNING, params={"value": c.adapter.lora_targets})
 
@@ -313,8 +313,10 @@ def uploads_are_not_there_yet(c: Config, origins: Origins) -> Problem | None:
     return _unused("push_to_hub", "true") if c.publish.push_to_hub else None
 
 
-def _was_set(name: str, origins: Origins) -> bool:
-    return origins[name].kind not in (OriginKind.DEFAULT, OriginKind.FLAVOUR)
+def _was_changed(c: Config, name: str, origins: Origins) -> bool:
+    """Whether somebody gave the option a value that is not its default anyway."""
+    is_given = origins[name].kind not in (OriginKind.DEFAULT, OriginKind.FLAVOUR)
+    return is_given and c.option(name) != options()[name].default
 
 
 def _fix(name: str, value: float) -> Fix:

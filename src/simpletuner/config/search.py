@@ -49,7 +49,7 @@ def find_config(line: CommandLine, *, environ: Mapping[str, str], cwd: Path, nee
         return _pick(tuple(_candidates_of_name(name, cwd, suffixes)), name=name, source=source)
     places = tuple(folder / f"config{suffix}" for folder in (cwd, cwd / "config") for suffix in suffixes)
     found = next((place for place in places if place.is_file()), None)
-    if found is None and needed:
+    if found is None and needed and places:
         searched = ", ".join(shown_path(place, cwd) for place in places) or "-"
         raise ConfigError(Problem(code="E-CONFIG-NONE", params={"searched": searched}))
     unread = tuple(p for p in places if found is not None and p != found and p.parent == found.parent and p.is_file())

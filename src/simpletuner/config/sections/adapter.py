@@ -10,9 +10,7 @@ from simpletuner.config.fields import Opt, Section
 
 
 class AdapterSection(Section):
-    lora_type: Annotated[Literal["standard", "lycoris"], Opt(level="basic", spellings=(("lokr", "lycoris"),))] = (
-        "standard"
-    )
+    lora_type: Annotated[Literal["standard", "lycoris"], Opt(spellings=(("lokr", "lycoris"),))] = "standard"
     """The kind of adapter: standard (LoRA) or lycoris (LoKr and its relatives)."""
 
     lora_rank: Annotated[int, Ge(1), Le(1024), Opt(level="basic", unit="channels")] = 16

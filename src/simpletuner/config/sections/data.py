@@ -47,10 +47,10 @@ class DataSection(Section):
     target_downsample_size: Annotated[float | None, Gt(0), Opt()] = None
     """What images above maximum_image_size are shrunk to, in the unit of resolution_type."""
 
-    caption_strategy: Annotated[CaptionStrategy, Opt(level="basic", spellings=CAPTION_SPELLINGS)] = "filename"
+    caption_strategy: Annotated[CaptionStrategy, Opt(spellings=CAPTION_SPELLINGS)] = "filename"
     """Where captions come from: the file name, a .txt file beside the image, or instance_prompt."""
 
-    instance_prompt: Annotated[str | None, Opt(level="basic")] = None
+    instance_prompt: Annotated[str | None, Opt()] = None
     """The caption of every image with caption_strategy instanceprompt."""
 
     caption_dropout_probability: Annotated[float, Ge(0), Le(1), Opt()] = 0.1

@@ -13,10 +13,10 @@ _DEFAULT = FLAVOURS[DEFAULT_FLAVOUR]
 
 
 class ModelSection(Section):
-    model_type: Annotated[Literal["lora", "full"], Opt(level="basic")] = "lora"
+    model_type: Annotated[Literal["lora", "full"], Opt()] = "lora"
     """What is trained: an adapter (lora) or every weight of the model (full)."""
 
-    model_family: Annotated[Literal["z_image"], Opt(level="basic")] = "z_image"
+    model_family: Annotated[Literal["z_image"], Opt()] = "z_image"
     """The architecture. z-image is accepted as well."""
 
     model_flavour: Annotated[str, Opt(level="basic", choices=tuple(FLAVOURS))] = DEFAULT_FLAVOUR

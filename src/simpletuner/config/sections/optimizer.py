@@ -18,12 +18,10 @@ class OptimizerSection(Section):
     learning_rate: Annotated[float, Gt(0), Le(1), Opt(level="basic")] = 1e-4
     """Step size at the height of the schedule."""
 
-    lr_scheduler: Annotated[str, Opt(level="basic", choices=tuple(SCHEDULES), spellings=SCHEDULE_SPELLINGS)] = (
-        "constant_with_warmup"
-    )
+    lr_scheduler: Annotated[str, Opt(choices=tuple(SCHEDULES), spellings=SCHEDULE_SPELLINGS)] = "constant_with_warmup"
     """How the learning rate moves from the end of the warm-up to the end of the run."""
 
-    lr_warmup_steps: Annotated[int, Ge(0), Opt(level="basic", unit="steps")] = 0
+    lr_warmup_steps: Annotated[int, Ge(0), Opt(unit="steps")] = 0
     """Updates over which the learning rate rises linearly from 0."""
 
     lr_num_cycles: Annotated[int, Ge(1), Opt()] = 1

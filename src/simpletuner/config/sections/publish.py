@@ -8,7 +8,7 @@ from simpletuner.config.fields import Opt, Section
 
 
 class PublishSection(Section):
-    push_to_hub: Annotated[bool, Opt(level="basic")] = False
+    push_to_hub: Annotated[bool, Opt()] = False
     """Upload the result to the Hugging Face Hub. Needs a login."""
 
     hub_model_id: Annotated[str | None, Opt(shown_default="name of output_dir")] = None

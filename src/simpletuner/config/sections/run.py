@@ -31,7 +31,7 @@ class RunSection(Section):
     """How many checkpoints to keep; the oldest go first. 0 keeps all."""
 
     seed: Annotated[int, Ge(-1), Le(2**31 - 1), Opt(level="basic")] = 42
-    """Decides order, crops, noise and dropout; the same seed gives the same run. -1 draws one and reports it."""
+    """Decides order, crops, noise and dropout; the same seed gives the same run. -1 draws one and says which."""
 
     device: Annotated[str, Opt()] = "auto"
     """Where to train: auto (the best that is there), cpu, cuda, cuda:<number> or mps."""

@@ -10,7 +10,7 @@ TRACKERS = ("none", "simpletuner", "tensorboard", "wandb", "swanlab", "comet_ml"
 
 
 class TrackingSection(Section):
-    report_to: Annotated[str, Opt(level="basic", choices=TRACKERS, spellings=(("comet", "comet_ml"),))] = "none"
+    report_to: Annotated[str, Opt(choices=TRACKERS, spellings=(("comet", "comet_ml"),))] = "none"
     """Experiment tracker that receives the metrics. The run folder always has them in events.jsonl."""
 
     tracker_project_name: Annotated[str, Opt()] = "simpletuner"

@@ -35,13 +35,13 @@ class ValidationSection(Section):
     """Size of the images: 1024x1024, one edge, or a list such as 1024x1024,1280x768. Numbers below 128 without an x
     are megapixels."""
 
-    validation_guidance: Annotated[float, Ge(0), Le(30), Opt(level="basic", shown_default="by model_flavour")] = (
+    validation_guidance: Annotated[float, Ge(0), Le(30), Opt(shown_default="by model_flavour")] = (
         _DEFAULT.validation_guidance
     )
     """Guidance scale on Z-Image's scale, where 0 is off. Turbo models want 0 to 1, base 4 to 6."""
 
     validation_num_inference_steps: Annotated[
-        int, Ge(1), Le(1000), Opt(level="basic", unit="steps", shown_default="by model_flavour")
+        int, Ge(1), Le(1000), Opt(unit="steps", shown_default="by model_flavour")
     ] = _DEFAULT.validation_num_inference_steps
     """Sampling steps. Turbo models need 8, base 50 to 100."""
 
