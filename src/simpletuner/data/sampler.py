@@ -1,10 +1,11 @@
 """Which samples make up which micro-batch: a pure function of (plan, seed, index, rank). numpy, no torch, no state.
 
-A bucket's *pass* is each of its images once, shuffled. A dataset's *round* is repeats + 1 passes of every bucket, cut
-into full batches; a last batch that is short is filled from one further pass. An *epoch* takes from every dataset its
-share of batches, in one shuffled order: all of a round from the datasets with the highest probability, fewer from the
-others, which go on from there in the next epoch. So the share of a dataset is proportional to its length times its
-probability, in every epoch, and each dataset's images are seen equally often.
+A bucket's *pass* is each of its images once, shuffled. A dataset's *round* is repeats + 1 passes of every bucket, one
+after the other, cut into full batches; a last batch that is short is filled from further passes. The batches of its
+buckets are interleaved at random. An *epoch* takes from every dataset its share of batches, interleaved at random: a
+whole round from the datasets with the highest probability, less from the others, which go on from there in the next
+epoch. So the share of a dataset is proportional to its length times its probability, in every epoch, and each
+dataset's images are seen equally often.
 
 What is cached here (the current epoch's order) is recomputed at will; dropping it changes nothing but time.
 """
@@ -98,7 +99,7 @@ class Sampler:
         return sample.captions[draw(self._seed, "caption", global_index, place) % len(sample.captions)]
 
     def _shuffle_epoch(self, epoch: int) -> _Ints:
-        return _permutation(self._global_epoch_batches, draw(self._seed, "epoch", epoch))
+        return _interleave(self._epoch_starts, draw(self._seed, "epoch", epoch))
 
     def _deal_round(self, key: tuple[int, int]) -> _Round:
         which, number = key
@@ -118,7 +119,7 @@ class _Round:
             self._streams.append(_deal_passes(len(bucket.samples), num_picks, batch_size, stream_seed))
         counts = [len(stream) // batch_size for stream in self._streams]
         self._starts = np.cumsum([0, *counts])
-        self._order = _permutation(sum(counts), draw(seed, "round", dataset.id, number))
+        self._order = _interleave(self._starts, draw(seed, "round", dataset.id, number))
 
     def batch(self, index: int) -> list[Sample]:
         slot = int(self._order[index])
@@ -177,8 +178,15 @@ def _deal_passes(num_images: int, num_picks: int, batch_size: int, seed: int) ->
     return passes.reshape(-1)[:num_picks].astype(np.int64, copy=False)
 
 
-def _permutation(length: int, seed: int) -> _Ints:
-    return np.argsort(_random_keys(length, seed), kind="stable").astype(np.int64, copy=False)
+def _interleave(starts: _Ints, seed: int) -> _Ints:
+    """Return the numbers 0 .. starts[-1] - 1 shuffled, but in order within each range starts[i] .. starts[i + 1] - 1."""
+    total = int(starts[-1])
+    places = np.argsort(_random_keys(total, seed), kind="stable")
+    for first, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        places[first:end].sort()
+    shuffled = np.empty(total, dtype=np.int64)
+    shuffled[places] = np.arange(total)
+    return shuffled
 
 
 def _random_keys(count: int, seed: int) -> npt.NDArray[np.uint64]:

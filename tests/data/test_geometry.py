@@ -1,0 +1,209 @@
+"""Bucket arithmetic: golden values of the formula, and laws that hold for every image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simpletuner.data.geometry import bucket_size, cover, fit, round_to, rounded_aspect, scale_to
+from simpletuner.data.records import DropReason, Geometry
+from simpletuner.data.spec import AspectChoice, ResizeSpec
+
+EDGES = st.integers(16, 12_000)
+SIZES = st.tuples(EDGES, EDGES)
+SPECS = st.builds(
+    ResizeSpec,
+    resolution=st.integers(128, 2048),
+    resolution_type=st.sampled_from(["pixel", "pixel_area"]),
+    crop=st.booleans(),
+    crop_style=st.sampled_from(["random", "center", "corner"]),
+    crop_aspect=st.sampled_from(["square", "preserve", "closest", "random"]),
+    crop_aspect_buckets=st.just((AspectChoice(aspect=0.5), AspectChoice(aspect=1.0), AspectChoice(aspect=1.5))),
+    aspect_bucket_alignment=st.sampled_from([8, 16, 32, 64]),
+)
+
+
+@pytest.mark.parametrize(
+    ("edge", "aspect", "size"),
+    [
+        (1024, 1.0, (1024, 1024)),
+        (1024, 1.33, (1152, 896)),
+        (1024, 1.46, (1216, 832)),
+        (1024, 1.5, (1280, 832)),
+        (1024, 1.78, (1344, 768)),
+        (1024, 0.71, (832, 1216)),
+        (1024, 0.70, (832, 1216)),
+        (1024, 0.68, (832, 1216)),
+        (512, 1.5, (640, 448)),
+    ],
+)
+def test_bucket_sizes_of_the_documented_aspects(edge: int, aspect: float, size: tuple[int, int]) -> None:
+    assert bucket_size(aspect, ResizeSpec(resolution=edge)) == size
+    megapixels = ResizeSpec(resolution=edge * edge / 1e6, resolution_type="area")
+    assert bucket_size(aspect, megapixels) == size
+
+
+@pytest.mark.parametrize(
+    ("length", "rounded"), [(0, 64), (31, 64), (32, 64), (96, 128), (160, 128), (161, 192), (224, 256), (1056, 1024)]
+)
+def test_a_tie_goes_to_the_even_multiple_and_nothing_goes_to_zero(length: int, rounded: int) -> None:
+    assert round_to(length, 64) == rounded
+
+
+def test_pixel_mode_sets_the_shorter_edge() -> None:
+    spec = ResizeSpec(resolution=500, resolution_type="pixel")
+    assert bucket_size(1.0, spec) == (512, 512)
+    assert bucket_size(1.5, spec) == (768, 512)
+    assert bucket_size(0.5, spec) == (512, 1024)
+
+
+def test_aspects_are_rounded_and_never_zero() -> None:
+    assert rounded_aspect((4000, 3000), 2) == 1.33
+    assert rounded_aspect((1, 1000), 2) == 0.01
+
+
+@given(SIZES, SPECS, st.integers(0, 2**32), st.text(max_size=8))
+def test_every_picture_is_cut_from_a_faithful_resize(
+    size: tuple[int, int], spec: ResizeSpec, seed: int, content_id: str
+) -> None:
+    geometry = fit(size, spec, seed=seed, content_id=content_id)
+    assert isinstance(geometry, Geometry)
+    (target_width, target_height), (width, height) = geometry.target, geometry.intermediary
+    assert target_width % spec.aspect_bucket_alignment == 0 < target_width
+    assert target_height % spec.aspect_bucket_alignment == 0 < target_height
+    # The resize covers the target, and is the smallest that does: one edge is the target's.
+    assert width >= target_width
+    assert height >= target_height
+    assert width == target_width or height == target_height
+    # The other edge is within half a pixel of the image's own aspect.
+    if width == target_width:
+        assert abs(height - width * size[1] / size[0]) <= 0.5 + 1e-6
+    else:
+        assert abs(width - height * size[0] / size[1]) <= 0.5 + 1e-6
+    left, top = geometry.crop
+    assert 0 <= left <= width - target_width
+    assert 0 <= top <= height - target_height
+    assert fit(size, spec, seed=seed, content_id=content_id) == geometry
+
+
+@given(st.floats(0.25, 4.0), st.integers(256, 2048), st.sampled_from([8, 16, 32, 64]))
+def test_a_bucket_is_near_its_aspect_and_area(aspect: float, edge: int, align: int) -> None:
+    width, height = bucket_size(aspect, ResizeSpec(resolution=edge, aspect_bucket_alignment=align))
+    # Three roundings of at most half a step each: the edge's, which scales with the root of the aspect, and its own.
+    reach = align / 2 * max(math.sqrt(aspect), 1) + align / 2
+    reach_other = align / 2 * max(1 / math.sqrt(aspect), 1) + align / 2
+    assert abs(width - edge * math.sqrt(aspect)) <= reach + 1e-6
+    assert abs(height - edge / math.sqrt(aspect)) <= reach_other + 1e-6
+
+
+@given(SIZES, SIZES)
+def test_cover_is_exact_integer_arithmetic(size: tuple[int, int], target: tuple[int, int]) -> None:
+    covered = cover(size, target)
+    assert covered[0] >= target[0]
+    assert covered[1] >= target[1]
+    assert covered in ((target[0], covered[1]), (covered[0], target[1]))
+    assert cover(size, size) == size
+
+
+def test_square_crops_of_any_image_share_one_bucket() -> None:
+    spec = ResizeSpec(crop=True, crop_aspect="square", resolution=512)
+    for size in [(4000, 3000), (300, 2000), (512, 512)]:
+        geometry = fit(size, spec, seed=1, content_id="a")
+        assert isinstance(geometry, Geometry)
+        assert geometry.target == (512, 512)
+
+
+def test_crop_styles() -> None:
+    spec = ResizeSpec(crop=True, resolution=512, crop_style="center")
+    center = fit((4000, 3000), spec, seed=1, content_id="a")
+    assert center == Geometry(target=(512, 512), intermediary=(683, 512), crop=(85, 0))
+    corner = fit((4000, 3000), replace(spec, crop_style="corner"), seed=1, content_id="a")
+    assert isinstance(corner, Geometry)
+    assert corner.crop == (0, 0)
+
+
+def test_random_crops_differ_by_seed_and_content_and_reach_every_place() -> None:
+    spec = ResizeSpec(crop=True, resolution=64)
+    places = {
+        (seed, content_id): fit((70, 64), spec, seed=seed, content_id=content_id)
+        for seed in range(20)
+        for content_id in "abcdefghij"
+    }
+    lefts = {geometry.crop[0] for geometry in places.values() if isinstance(geometry, Geometry)}
+    assert lefts == set(range(7))
+    assert len({places[0, c] for c in "abcdefghij"}) > 1
+    assert len({places[s, "a"] for s in range(20)}) > 1
+
+
+def test_a_large_image_is_shrunk_to_the_downsample_size_before_the_crop() -> None:
+    spec = ResizeSpec(crop=True, resolution=512, maximum_image_size=1024, target_downsample_size=768)
+    shrunk = fit((4000, 3000), spec, seed=1, content_id="a")
+    assert isinstance(shrunk, Geometry)
+    assert shrunk.intermediary == scale_to((4000, 3000), 768, "pixel_area") == (887, 665)
+    # Not over the maximum, or not cropped: the nearest cover, as without the options.
+    for size, other in [((900, 800), spec), ((4000, 3000), replace(spec, crop=False))]:
+        plain = replace(other, maximum_image_size=None, target_downsample_size=None)
+        assert fit(size, other, seed=1, content_id="a") == fit(size, plain, seed=1, content_id="a")
+
+
+def test_a_downsample_size_below_the_target_never_leaves_a_gap() -> None:
+    spec = ResizeSpec(crop=True, resolution=1024, maximum_image_size=512, target_downsample_size=512)
+    geometry = fit((3000, 2000), spec, seed=1, content_id="a")
+    assert isinstance(geometry, Geometry)
+    assert min(geometry.intermediary) == 1024
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "reason"),
+    [
+        (ResizeSpec(minimum_image_size=512), (511, 512), DropReason.TOO_SMALL),
+        (ResizeSpec(minimum_image_size=512), (512, 512), None),
+        (ResizeSpec(minimum_image_size=512), (256, 1024), None),
+        (ResizeSpec(minimum_image_size=512, crop=True), (256, 1024), DropReason.TOO_SMALL),
+        (ResizeSpec(minimum_image_size=0.25, resolution=1, resolution_type="area"), (500, 500), None),
+        (ResizeSpec(minimum_image_size=0.25, resolution=1, resolution_type="area"), (499, 500), DropReason.TOO_SMALL),
+        (ResizeSpec(minimum_image_size=512, resolution_type="pixel"), (511, 4000), DropReason.TOO_SMALL),
+        (ResizeSpec(minimum_aspect_ratio=0.5), (499, 1020), DropReason.ASPECT),
+        (ResizeSpec(maximum_aspect_ratio=2.0), (2020, 1000), DropReason.ASPECT),
+        (ResizeSpec(minimum_aspect_ratio=0.5, maximum_aspect_ratio=2.0), (1000, 500), None),
+    ],
+)
+def test_what_is_left_out(spec: ResizeSpec, size: tuple[int, int], reason: DropReason | None) -> None:
+    result = fit(size, spec, seed=1, content_id="a")
+    assert result == reason if reason else isinstance(result, Geometry)
+
+
+def test_closest_takes_the_nearest_shape_on_offer() -> None:
+    offered = tuple(AspectChoice(aspect=aspect) for aspect in (0.5, 1.0, 2.0))
+    spec = ResizeSpec(crop=True, crop_aspect="closest", crop_aspect_buckets=offered)
+    for size, aspect in [((1000, 1900), 0.5), ((1000, 900), 1.0), ((1000, 600), 2.0)]:
+        geometry = fit(size, spec, seed=1, content_id="a")
+        assert isinstance(geometry, Geometry)
+        assert geometry.target == bucket_size(aspect, spec)
+
+
+def test_shapes_that_need_too_much_enlargement_are_not_offered() -> None:
+    offered = (AspectChoice(aspect=1.0), AspectChoice(aspect=2.0))
+    spec = ResizeSpec(
+        crop=True, crop_aspect="random", crop_aspect_buckets=offered, resolution=512, max_upscale_threshold=0.1
+    )
+    for content_id in "abcdefgh":  # 512x512 would need 1.28, 704x384 needs 1.006
+        geometry = fit((700, 400), spec, seed=1, content_id=content_id)
+        assert isinstance(geometry, Geometry)
+        assert geometry.target == (704, 384)
+    assert fit((200, 100), spec, seed=1, content_id="a") is DropReason.UPSCALE
+
+
+def test_random_shapes_follow_their_weights() -> None:
+    offered = (AspectChoice(aspect=0.5, weight=3), AspectChoice(aspect=2.0, weight=1))
+    spec = ResizeSpec(crop=True, crop_aspect="random", crop_aspect_buckets=offered, resolution=512)
+    tall = 0
+    for number in range(2000):
+        geometry = fit((1000, 1000), spec, seed=7, content_id=str(number))
+        assert isinstance(geometry, Geometry)
+        tall += geometry.target[1] > geometry.target[0]
+    assert 1400 < tall < 1600  # 1500 expected, standard deviation 19
