@@ -63,7 +63,7 @@ def _patiently(action: Callable[[], T]) -> T:
     for _ in range(_SHARING_RETRIES if sys.platform == "win32" else 0):
         try:
             return action()
-        except PermissionError:  # noqa: PERF203
+        except PermissionError:
             time.sleep(_SHARING_WAIT_S)
     return action()
 

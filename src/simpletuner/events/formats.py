@@ -43,7 +43,7 @@ def size(num_bytes: float, language: str) -> str:
 
 
 def parameters(count: int, language: str) -> str:
-    """A number of parameters: "860", "1.23 M", "6.15 B"; thousand millions are "6 150 M" in no language we print."""
+    """A number of parameters: "860", "1.23 M", "6.15 B"."""
     value, unit = float(count), 0
     while value >= 999.5 and unit < len(_COUNTS) - 1:
         value, unit = value / 1000, unit + 1
@@ -66,12 +66,12 @@ def duration(seconds: float, language: str = "en") -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def compact_duration(seconds: float) -> str:
-    """A duration for `key=value` lines: "41s", "2m05s", "1h12m"."""
-    return duration(round(seconds) if seconds >= 1 else seconds).replace(".0 s", "s").replace(" ", "")
-
-
 def rounded_duration(seconds: float) -> str:
     """A duration that was rounded on purpose: no unit that says nothing ("3 m", "1 h 10 m")."""
     text = duration(seconds) if seconds >= 10 else f"{round(seconds)} s"
     return text.removesuffix(" 00 s").removesuffix(" 00 m")
+
+
+def compact_duration(seconds: float) -> str:
+    """The same for `key=value` lines: "45s", "3m", "1h10m"."""
+    return rounded_duration(seconds).replace(" ", "")

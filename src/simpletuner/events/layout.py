@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from simpletuner.events import formats
 from simpletuner.events import types as t
 from simpletuner.events.eta import round_remaining
-from simpletuner.events.text import phase_amount, phase_label
+from simpletuner.events.text import NOTABLE_S, is_trivial, phase_amount, phase_label
 from simpletuner.events.view import RunView
 from simpletuner.i18n import text
 
@@ -103,8 +103,10 @@ def finished_rows(phases: Sequence[t.RunPhase], width: int, language: str, glyph
     """The phases that are done, several to a row."""
     rows: list[Row] = []
     for phase in phases:
+        if is_trivial(phase):
+            continue
         amount = phase_amount(phase, language, with_unit=False)
-        seconds = formats.duration(phase.elapsed_s, language) if phase.elapsed_s >= 0.05 else ""
+        seconds = formats.duration(phase.elapsed_s, language) if phase.elapsed_s >= NOTABLE_S else ""
         figures = "".join(f" {figure}" for figure in (amount, seconds) if figure)
         label = phase_label(phase.key, language)
         entry: Row = [(f"{glyphs.icons['ok']} ", "good"), (label, "plain"), (figures, "dim")]

@@ -385,7 +385,7 @@ class RunRecorder:
         for sink in self._sinks:
             try:
                 action(sink)
-            except Exception as error:  # noqa: BLE001, PERF203
+            except Exception as error:  # noqa: BLE001
                 self._sinks = tuple(other for other in self._sinks if other is not sink)
                 message = f"{type(sink).__name__} failed and is off now: {error!r}"
                 self.log(message, level="warning", source="events")

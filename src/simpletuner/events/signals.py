@@ -72,11 +72,11 @@ class StopRequest:
     def interruptible(self) -> Iterator[None]:
         """For phases with nothing to save that cannot poll (loading, downloading): a stop raises KeyboardInterrupt."""
         self.check(SAVE)
-        self._interruptible = True
+        outer, self._interruptible = self._interruptible, True
         try:
             yield
         finally:
-            self._interruptible = False
+            self._interruptible = outer
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopRequest]:

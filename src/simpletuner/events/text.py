@@ -21,6 +21,7 @@ from simpletuner.problems import ExitCode, Problem, Severity
 
 STEPS_PER_LINE = 10
 SECONDS_PER_LINE = 30.0
+NOTABLE_S = 0.05
 SILENT_PHASES = frozenset({"train", "validation", "checkpoint"})  # their own events say it
 _BANNER_ROWS = ("model", "data", "precision", "device", "plan", "output")
 
@@ -118,7 +119,7 @@ class Narrator:
 
     @_lines.register
     def _(self, event: t.RunPhase) -> list[Line]:
-        if not event.finished or event.key in SILENT_PHASES:
+        if not event.finished or event.key in SILENT_PHASES or is_trivial(event):
             return []
         return [Line(text=phase_text(event, self._language), icon="ok", progress=True)]
 
@@ -139,8 +140,13 @@ class Narrator:
 
     @_lines.register
     def _(self, event: t.RunStopping) -> list[Line]:
-        key = {1: "console.stopping.save", 2: "console.stopping.leave"}.get(event.level, "console.stopping.kill")
-        return [Line(text=text(key, self._language), level="warning", icon="stop")]
+        name = {1: "save", 2: "leave"}.get(event.level, "kill")
+        again = (
+            f" ({text(f'console.again.{name}', self._language)})"
+            if event.source == "keyboard" and name != "kill"
+            else ""
+        )
+        return [Line(text=text(f"console.stopping.{name}", self._language) + again, level="warning", icon="stop")]
 
     @_lines.register
     def _(self, event: t.RunFinished) -> list[Line]:
@@ -257,14 +263,21 @@ def phase_text(phase: t.RunPhase, language: str) -> str:
     return f"{phase_label(phase.key, language)}: {', '.join(figure for figure in figures if figure)}"
 
 
+def is_trivial(phase: t.RunPhase) -> bool:
+    """Nothing was counted and no time passed: a finished phase of which there is nothing to say."""
+    return phase.elapsed_s < NOTABLE_S and not phase.done and not phase.total
+
+
 def phase_amount(phase: t.RunPhase, language: str, *, with_unit: bool = True) -> str:
     """ "12/24 images", "1.2 GB/12 GB"; empty if nothing is counted. A unit that only repeats the label is left out."""
-    if phase.unit == "bytes":
+    if phase.unit == "bytes" and (phase.done or phase.total):
         sizes = [phase.done, *([phase.total] if phase.total else [])]
         return "/".join(formats.size(number, language) for number in sizes)
     if phase.total is None:
         return ""
-    unit = known_text(f"console.unit.{phase.unit}", language, {}, fallback=phase.unit) if phase.unit and with_unit else ""
+    unit = (
+        known_text(f"console.unit.{phase.unit}", language, {}, fallback=phase.unit) if phase.unit and with_unit else ""
+    )
     return f"{phase.done}/{phase.total} {'' if unit == phase_label(phase.key, language) else unit}".rstrip()
 
 
