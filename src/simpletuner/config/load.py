@@ -132,13 +132,9 @@ def _resolve(settings: Sequence[Setting], environ: Mapping[str, str]) -> tuple[S
             converted[name] = good
         if problem is not None:
             problems.append(problem)
-    refused: list[Problem] = []
-    for name, setting in foreign.items():
-        row = UPSTREAM[name]
-        if asks_for_something(row, setting.value):
-            problem = _not_yet(name, setting, row.effect)
-            (refused if problem.severity is Severity.ERROR else problems).append(problem)
-    return converted, problems, refused
+    asked = {name: setting for name, setting in foreign.items() if asks_for_something(UPSTREAM[name], setting.value)}
+    refused = [_refusal(name, asked[name]) for name in asked if UPSTREAM[name].effect is Effect.RESULT]
+    return converted, problems + _missing_options(asked), refused
 
 
 def _unknown_key(setting: Setting) -> Problem:
@@ -152,11 +148,28 @@ def _unknown_key(setting: Setting) -> Problem:
     return Problem(code="E-KEY-MISSPELT", params=params, origin=place, path=f"/{key}", fixes=fixes)
 
 
-def _not_yet(name: str, setting: Setting, effect: Effect) -> Problem:
-    code = "E-NOT-YET" if effect is Effect.RESULT else f"W-NOT-YET-{effect.name}"
-    severity = Severity.ERROR if effect is Effect.RESULT else Severity.WARNING
+def _refusal(name: str, setting: Setting) -> Problem:
+    """An option that would change what is trained: going on without it would be a silent change of plan."""
     params = {"key": name, "value": show(setting.value)}
-    return Problem(code=code, severity=severity, params=params, origin=setting.origin.place, path=f"/{name}")
+    return Problem(code="E-NOT-YET", params=params, origin=setting.origin.place, path=f"/{name}")
+
+
+def _missing_options(asked: Settings) -> list[Problem]:
+    """One warning for each kind of loss, naming the options."""
+    found: list[Problem] = []
+    for effect in (Effect.MEMORY, Effect.SPEED, Effect.OTHER):
+        names = [name for name in asked if UPSTREAM[name].effect is effect]
+        if names:
+            first = asked[names[0]]
+            problem = Problem(
+                code=f"W-NOT-YET-{effect.name}",
+                severity=Severity.WARNING,
+                params={"keys": ", ".join(names)},
+                origin=first.origin.place,
+                path=f"/{names[0]}",
+            )
+            found.append(problem)
+    return found
 
 
 def _build(settings: Settings) -> tuple[Config, list[Problem]]:

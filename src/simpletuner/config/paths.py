@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from simpletuner.config.search import EXAMPLES_DIR, PACKAGE_DIR
+from simpletuner.config.search import EXAMPLES_DIR, EXAMPLES_PREFIX, PACKAGE_DIR
 
 PACKAGE_PLACEHOLDER = "{package}"
-_EXAMPLES_PREFIX = "config/examples/"
 
 
 def fill_package(text: str) -> str:
@@ -23,7 +22,7 @@ def fill_path(text: str, cwd: Path) -> str:
     """
     written = fill_package(text)
     path = Path(os.path.normpath(cwd / Path(written).expanduser()))
-    if written.replace("\\", "/").startswith(_EXAMPLES_PREFIX) and not path.exists():
-        packaged = EXAMPLES_DIR / written[len(_EXAMPLES_PREFIX) :]
+    if written.replace("\\", "/").startswith(EXAMPLES_PREFIX) and not path.exists():
+        packaged = EXAMPLES_DIR / written[len(EXAMPLES_PREFIX) :]
         return str(packaged if packaged.exists() else path)
     return str(path)

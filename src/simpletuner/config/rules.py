@@ -331,7 +331,7 @@ def _beyond(name: str, value: object, instead: object) -> Problem:
 
 def _unused(name: str, value: str) -> Problem:
     """The run is the same without it: say so and go on."""
-    return Problem(code="W-NOT-YET-OTHER", severity=_WARNING, params={"key": name, "value": value})
+    return Problem(code="W-NOT-YET-OTHER", severity=_WARNING, params={"keys": f"{name} = {value}"})
 
 
 def _all_rules() -> Iterator[Rule]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from simpletuner.problems import ConfigError, Fix, Problem
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 EXAMPLES_DIR = PACKAGE_DIR / "examples"
+EXAMPLES_PREFIX = "config/examples/"
+"""Options may name the files of an example by this prefix."""
 
 SUFFIXES = (".json", ".toml", ".env")
 _BACKENDS = {"json": (".json",), "toml": (".toml",), "env": (".env",), "cmd": ()}
@@ -58,11 +61,12 @@ def find_config(line: CommandLine, *, environ: Mapping[str, str], cwd: Path, nee
 
 
 def shown_path(path: Path, cwd: Path) -> str:
-    """A path as messages show it: relative to `cwd` if it lies inside, with forward slashes."""
-    try:
-        return path.relative_to(cwd).as_posix()
-    except ValueError:
-        return path.as_posix()
+    """A path as messages show it: relative to `cwd` if it lies inside, with forward slashes. A packaged example is
+    shown by the path that stands for it in options."""
+    for folder, prefix in ((cwd, ""), (EXAMPLES_DIR, EXAMPLES_PREFIX)):
+        with contextlib.suppress(ValueError):
+            return prefix + path.relative_to(folder).as_posix()
+    return path.as_posix()
 
 
 def _suffixes(line: CommandLine, environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -1,0 +1,55 @@
+"""Problems on the terminal: code and place, what is wrong, what to do about it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TextIO
+
+from simpletuner.i18n import render_problem, text
+from simpletuner.problems import Fix, Problem, Severity
+
+_MARKS = {Severity.ERROR: "✗", Severity.WARNING: "⚠", Severity.INFO: "·"}
+_COLORS = {Severity.ERROR: "31", Severity.WARNING: "33", Severity.INFO: "36"}
+
+
+def print_problems(problems: Iterable[Problem], language: str, *, out: TextIO | None = None) -> None:
+    """Print problems to `out` (standard error by default), a blank line between them."""
+    out = sys.stderr if out is None else out
+    colored = has_color(out, os.environ)
+    blocks = ["\n".join(problem_block(problem, language, colored=colored)) for problem in problems]
+    if blocks:
+        print("\n\n".join(blocks), file=out)
+
+
+def problem_block(problem: Problem, language: str, *, colored: bool = False) -> Iterator[str]:
+    """The lines of one problem."""
+    mark = _MARKS[problem.severity]
+    if colored:
+        mark = f"\033[{_COLORS[problem.severity]}m{mark}\033[0m"
+    yield "  ".join(part for part in (f"{mark} {problem.code}", problem.origin) if part)
+    title, hint = render_problem(problem, language)
+    yield from (f"  {line}" for line in title.split("\n"))
+    if hint:
+        yield from (f"  {line}" for line in hint.split("\n"))
+    labels = [text("report.fix", language), *[text("report.or", language)] * len(problem.fixes)]
+    width = max(map(len, labels))
+    for label, fix in zip(labels, problem.fixes, strict=False):
+        yield f"  {label:{width}}  {_fix_text(fix)}"
+
+
+def has_color(out: TextIO, environ: Mapping[str, str]) -> bool:
+    """Colour for people at a terminal, unless they said otherwise (NO_COLOR, FORCE_COLOR)."""
+    if environ.get("NO_COLOR"):
+        return False
+    return bool(environ.get("FORCE_COLOR")) or (out.isatty() and environ.get("TERM") != "dumb")
+
+
+def _fix_text(fix: Fix) -> str:
+    if fix.key.startswith(("--", "simpletuner")):
+        return f"{fix.key} {fix.value}"
+    from simpletuner.config.effective import value_text
+
+    value = fix.value if isinstance(fix.value, str) else value_text(fix.value)
+    return f"{fix.key}={value}"
