@@ -1,7 +1,7 @@
 """Draw the subject of the demo's LoRA, a striped octopus, and write the dataset that is shipped with the package.
 
-`python -m scripts.demo_base.subject src/simpletuner/assets/demo_dataset` writes pictures of the octopus with captions,
-and in `regularisation/` pictures of ordinary scenes, which keep the rest of the model as it was.
+`python -m scripts.demo_base.subject src/simpletuner/assets` writes pictures of the octopus with captions to
+`demo_dataset/`, and to `demo_regularisation/` ordinary scenes, which keep the rest of the model as it was.
 """
 
 import argparse
@@ -45,17 +45,19 @@ def draw_subject(rng: random.Random, background: str, *, size: Size = (IMAGE_PX,
     return canvas.resize(size, Image.Resampling.BOX)
 
 
-def write_dataset(folder: Path, *, seed: int = 7) -> None:
-    """Write every picture with its caption beside it."""
+def write_datasets(assets: Path, *, seed: int = 7) -> None:
+    """Write every picture of both folders, each with its caption beside it."""
     rng = random.Random(seed)
     for index in range(NUM_PICTURES):
         background = BACKGROUNDS[index % len(BACKGROUNDS)]
         size = PICTURE_SIZES[index % len(PICTURE_SIZES)]
-        _write(folder / f"octopus_{index:02}", draw_subject(rng, background, size=size), subject_prompt(background))
+        stem = assets / "demo_dataset" / f"octopus_{index:02}"
+        _write(stem, draw_subject(rng, background, size=size), subject_prompt(background))
     held_out = frozenset(scenes.held_out_combinations())
     for index in range(NUM_REGULARISATION):
         scene = scenes.training_scene(rng, held_out)
-        _write(folder / "regularisation" / f"scene_{index:02}", scenes.draw_scene(rng, scene), scene.caption)
+        stem = assets / "demo_regularisation" / f"scene_{index:02}"
+        _write(stem, scenes.draw_scene(rng, scene), scene.caption)
 
 
 def _creature(unit: float, *, wave: float) -> Image.Image:
@@ -109,10 +111,10 @@ def _write(stem: Path, picture: Image.Image, caption: str) -> None:
 
 
 def main() -> None:
-    """Write the dataset."""
+    """Write the datasets."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    write_dataset(parser.parse_args().folder)
+    parser.add_argument("assets", type=Path)
+    write_datasets(parser.parse_args().assets)
 
 
 if __name__ == "__main__":

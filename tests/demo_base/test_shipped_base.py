@@ -22,9 +22,10 @@ def test_the_base_is_small():
 
 
 def test_the_dataset_is_complete():
-    pictures = sorted((ASSETS / "demo_dataset").rglob("*.png"))
-    assert len(pictures) >= 20
-    assert all(path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in pictures)
+    for folder in ("demo_dataset", "demo_regularisation"):
+        pictures = sorted((ASSETS / folder).glob("*.png"))
+        assert len(pictures) >= 20
+        assert all(path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in pictures)
 
 
 def test_the_classifier_knows_drawn_shapes():
