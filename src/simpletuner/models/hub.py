@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import errno
 import shutil
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from simpletuner.problems import ExitCode, ModelError, Problem
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _RESERVE_BYTES = 256 << 20  # left free on the disk beside a download
+_TELL_EVERY_S = 0.25
+_BYTES_BAR = "huggingface_hub.snapshot_download"  # the library's name for its bar of bytes on disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +45,16 @@ class RepoRef:
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """Announces what is about to be fetched."""
+    """How far a download is: first told with `done_bytes` 0, then a few times a second from worker threads in turn."""
 
     repo: str
     num_files: int
     size_bytes: int
+    done_bytes: int
 
 
 OnDownload = Callable[[Download], None]
+OnBytes = Callable[[int], None]
 
 
 def cached_snapshot(hub: Hub, repo: RepoRef, patterns: Sequence[str]) -> Path | None:
@@ -73,10 +79,11 @@ def cached_snapshot(hub: Hub, repo: RepoRef, patterns: Sequence[str]) -> Path | 
     return Path(folder)
 
 
-def fetch(hub: Hub, repo: RepoRef, patterns: Sequence[str]) -> Path:
+def fetch(hub: Hub, repo: RepoRef, patterns: Sequence[str], *, on_bytes: OnBytes | None = None) -> Path:
     """Download the files that match `patterns` and are not in the cache yet; return the snapshot's folder.
 
-    The folder's name is the commit. A pattern that matches nothing is no error.
+    The folder's name is the commit. A pattern that matches nothing is no error. `on_bytes` is told of every piece
+    that is on disk, from worker threads.
 
     Raises:
         ModelError: E-HUB-..., exit code HUB: no such repository or revision, no access, no network, no disk space.
@@ -91,6 +98,7 @@ def fetch(hub: Hub, repo: RepoRef, patterns: Sequence[str]) -> Path:
             cache_dir=hub.cache_dir,
             library_name="simpletuner",
             allow_patterns=list(patterns),
+            tqdm_class=_bar_class(on_bytes),
         )
     return Path(folder)
 
@@ -108,13 +116,17 @@ def fetch_large(hub: Hub, repo: RepoRef, patterns: Sequence[str], on_download: O
             library_name="simpletuner",
             allow_patterns=list(patterns),
             dry_run=True,
+            tqdm_class=_bar_class(None),
         )
     sizes_bytes = [file.file_size or 0 for file in files if file.will_download]
-    if sizes_bytes:
-        _check_space(hub, repo, sum(sizes_bytes))
-        if on_download is not None:
-            on_download(Download(repo=repo.name, num_files=len(sizes_bytes), size_bytes=sum(sizes_bytes)))
-    return fetch(hub, repo, patterns)
+    if not sizes_bytes:
+        return fetch(hub, repo, patterns)
+    download = Download(repo=repo.name, num_files=len(sizes_bytes), size_bytes=sum(sizes_bytes), done_bytes=0)
+    _check_space(hub, repo, download.size_bytes)
+    if on_download is None:
+        return fetch(hub, repo, patterns)
+    on_download(download)
+    return fetch(hub, repo, patterns, on_bytes=_Progress(download, on_download).add)
 
 
 def file_names(hub: Hub, repo: RepoRef) -> tuple[str, ...]:
@@ -123,6 +135,41 @@ def file_names(hub: Hub, repo: RepoRef) -> tuple[str, ...]:
 
     with _explained(hub, repo):
         return tuple(HfApi(endpoint=hub.endpoint).list_repo_files(repo.name, revision=repo.revision))
+
+
+class _Progress:
+    """Adds up what worker threads report and passes it on, one at a time and not too often."""
+
+    def __init__(self, download: Download, on_download: OnDownload) -> None:
+        self._download = download
+        self._on_download = on_download
+        self._lock = threading.Lock()
+        self._told_at = time.monotonic()
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            done_bytes = min(self._download.done_bytes + num_bytes, self._download.size_bytes)
+            self._download = replace(self._download, done_bytes=done_bytes)
+            now = time.monotonic()
+            if now - self._told_at >= _TELL_EVERY_S or done_bytes == self._download.size_bytes:
+                self._told_at = now
+                self._on_download(self._download)
+
+
+def _bar_class(on_bytes: OnBytes | None) -> type[Any]:
+    """A progress bar for the library that draws nothing and, if it is the one of bytes, reports them."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._report = on_bytes if kwargs.get("name") == _BYTES_BAR else None
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            if self._report is not None and n:
+                self._report(int(n))
+
+    return Bar
 
 
 def _check_space(hub: Hub, repo: RepoRef, needed_bytes: int) -> None:

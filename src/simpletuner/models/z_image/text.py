@@ -41,28 +41,24 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """One forward pass over all prompts; the shorter ones are padded on the right and cut back.
+        """Embed each prompt in a pass of its own, without padding.
 
-        Which prompts share a pass moves an embedding by no more than rounding; for one prompt at a time it depends
-        on nothing else.
+        A batch would be little faster (such passes wait for weights, not for arithmetic) and would let the last bits
+        of an embedding depend on its neighbours, so that a cache filled in two sittings would differ from one filled
+        at once.
 
         Args:
-            prompts: B texts, B >= 1; "" is a text too. What exceeds `max_tokens` is cut off.
+            prompts: B texts; "" is a text too. What exceeds `max_tokens` is cut off.
         Returns:
             B tensors [S_i, D] in the encoder's dtype on its device, S_i the prompt's own token count.
         """
-        tokens = self.tokenizer(
-            [self._message(prompt) for prompt in prompts],
-            padding=True,
-            padding_side="right",
-            max_length=self.max_tokens,
-            truncation=True,
-            return_tensors="pt",
-        )
-        mask_BS = tokens.attention_mask.to(self.device).bool()
-        out = self.model(input_ids=tokens.input_ids.to(self.device), attention_mask=mask_BS, use_cache=False)
-        lengths = tokens.attention_mask.sum(dim=1).tolist()
-        return [rows_SD[:length].clone() for rows_SD, length in zip(out.last_hidden_state, lengths, strict=True)]
+        return [self._encode_one(prompt) for prompt in prompts]
+
+    def _encode_one(self, prompt: str) -> Tensor:
+        tokens_S = self.tokenizer(self._message(prompt), max_length=self.max_tokens, truncation=True)["input_ids"]
+        tokens_BS = torch.tensor([tokens_S], device=self.device)
+        embeddings_BSD: Tensor = self.model(input_ids=tokens_BS, use_cache=False).last_hidden_state
+        return embeddings_BSD[0]
 
     def _message(self, prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
