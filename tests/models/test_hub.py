@@ -26,7 +26,7 @@ import pytest
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.models import hub as hub_module
 from simpletuner.models.hub import Download, Hub, RepoRef, fetch
-from simpletuner.models.weights import PipelineFiles, resolve_pipeline
+from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.problems import ExitCode, ModelError
 
@@ -270,6 +270,18 @@ def test_one_file_of_a_repository(server: FakeHub, hub: Hub, repo: Path, tmp_pat
     server.num_requests = 0
     assert resolve_pipeline(name, spec=Z_IMAGE, hub=hub, companion=REPO) == files
     assert server.num_requests == 0
+
+
+def test_an_adapter_is_one_file_of_its_repository(server: FakeHub, hub: Hub, tmp_path: Path) -> None:
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    for name in ("v1.safetensors", "v2.safetensors"):
+        (adapters / name).write_bytes(name.encode())
+    server.repos["someone/adapters"] = adapters
+    for name in ("someone/adapters", "someone/adapters/v2.safetensors"):
+        path = resolve_file(name, file_name="v2.safetensors", part="adapter", option="assistant_lora_path", hub=hub)
+        assert path.read_bytes() == b"v2.safetensors"
+    assert server.fetched == ["v2.safetensors"]
 
 
 def test_a_vae_repository_may_have_its_files_in_the_root(server: FakeHub, hub: Hub, repo: Path) -> None:

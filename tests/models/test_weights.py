@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from simpletuner.i18n import LANGUAGES, render_problem
-from simpletuner.models.weights import resolve_pipeline
+from simpletuner.models.weights import resolve_file, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.problems import ExitCode, Fix, ModelError, Problem
 
@@ -258,3 +258,22 @@ def test_a_variant_that_nothing_has_is_refused(folder: Path) -> None:
     problem, text = problem_of(str(folder), variant="fp8")
     assert problem.code == "E-MODEL-VARIANT"
     assert "no weights of the variant fp8" in text
+
+
+# One file
+
+
+def test_one_file_by_its_path_or_by_its_folder(folder: Path) -> None:
+    expected = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    for name in (str(expected), str(expected.parent)):
+        found = resolve_file(name, file_name=expected.name, part="adapter", option="init_lora")
+        assert found == expected
+
+
+def test_a_folder_without_the_file_says_what_it_has(folder: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve_file(str(folder / "vae"), file_name="lora.safetensors", part="adapter", option="init_lora")
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.path) == ("E-MODEL-NO-WEIGHTS", "/init_lora")
+    title, _ = render_problem(problem, "en")
+    assert "no weights of the adapter: looked for lora.safetensors, found diffusion_pytorch_model" in title

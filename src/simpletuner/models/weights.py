@@ -79,42 +79,40 @@ def resolve_pipeline(
         transformer_subfolder: its folder there; None, "" and "none" mean the root.
         vae: take the VAE from this folder, repository or file instead; from its folder `vae` or its root.
         companion: the pipeline that gives all other parts when `name_or_path` is a single file.
-        on_download: told before weights are fetched.
+        on_download: told of every download of weights, see `Download`.
     Raises:
         ModelError: E-MODEL-... if something here is missing or of another kind, E-HUB-... (exit code HUB).
     """
     access = Access(variant=variant, hub=hub or Hub(), on_download=on_download)
-    main = find_place(spec.hub_name(name_or_path), option=MODEL_OPTION, revision=revision)
-    transformer_place = find_place(spec.hub_name(transformer), option=TRANSFORMER_OPTION) if transformer else None
-    vae_place = find_place(spec.hub_name(vae), option=VAE_OPTION) if vae else None
+    main = _spelled(name_or_path, spec, MODEL_OPTION, revision)
+    transformer_place = _spelled(transformer, spec, TRANSFORMER_OPTION) if transformer else None
+    vae_place = _spelled(vae, spec, VAE_OPTION) if vae else None
     if main.is_single_file:
         if transformer_place is not None:
             params = {"path": name_or_path, "other": transformer}
             raise _model_error("E-MODEL-TWO-TRANSFORMERS", MODEL_OPTION, params)
         if companion is None:
             raise _model_error("E-MODEL-NO-COMPANION", MODEL_OPTION, {"path": name_or_path})
-        main, transformer_place = find_place(spec.hub_name(companion), option=MODEL_OPTION), main
+        main, transformer_place = _spelled(companion, spec, MODEL_OPTION), main
 
-    own_transformer, own_vae, text_encoder = (
-        transformer_part(spec, "transformer"),
-        vae_part(spec, "vae"),
-        text_encoder_part(spec),
-    )
-    from_main = [text_encoder]
-    from_main += [own_transformer] if transformer_place is None else []
-    from_main += [own_vae] if vae_place is None else []
+    own_transformer, own_vae = transformer_part(spec, "transformer"), vae_part(spec, "vae")
+    text_encoder = text_encoder_part(spec)
+    overridden = {own_transformer: transformer_place, own_vae: vae_place}
+    from_main = [part for part in (text_encoder, own_transformer, own_vae) if overridden.get(part) is None]
     root = _open(main, from_main, _PIPELINE_PATTERNS, access)
+    found = {part: _weights(main, root, part, access) for part in from_main}
+    if transformer_place is not None:
+        subfolder = "" if transformer_subfolder in (None, "none") else str(transformer_subfolder)
+        candidates = [transformer_part(spec, subfolder)]
+        found[own_transformer] = _elsewhere(transformer_place, candidates, root, own_transformer, access)
+    if vae_place is not None:
+        found[own_vae] = _elsewhere(vae_place, [own_vae, vae_part(spec, "")], root, own_vae, access)
     scheduler_config = root / "scheduler" / "scheduler_config.json"
-    subfolder = "" if transformer_subfolder in (None, "none") else str(transformer_subfolder)
     files = PipelineFiles(
         source=f"{main.repo.name}@{root.name}" if main.repo else str(root),
-        transformer=_weights(main, root, own_transformer, access)
-        if transformer_place is None
-        else _elsewhere(transformer_place, [transformer_part(spec, subfolder)], root, own_transformer, access),
-        vae=_weights(main, root, own_vae, access)
-        if vae_place is None
-        else _elsewhere(vae_place, [own_vae, vae_part(spec, "")], root, own_vae, access),
-        text_encoder=_weights(main, root, text_encoder, access),
+        transformer=found[own_transformer],
+        vae=found[own_vae],
+        text_encoder=found[text_encoder],
         tokenizer_dir=_tokenizer_dir(main, root),
         scheduler_config=scheduler_config if scheduler_config.is_file() else None,
     )
@@ -122,6 +120,43 @@ def resolve_pipeline(
     if variant and not any(f".{variant}" in shard.name for shard in shards):
         raise _model_error("E-MODEL-VARIANT", "variant", {"place": files.source, "variant": variant})
     return files
+
+
+def resolve_file(
+    name_or_path: str,
+    *,
+    file_name: str,
+    part: str,
+    option: str,
+    hub: Hub | None = None,
+    on_download: OnDownload | None = None,
+) -> Path:
+    """Find, and where necessary download, one safetensors file, such as an adapter.
+
+    Args:
+        name_or_path: the file itself (a path, or "owner/name/file.safetensors"), or the folder or repository that
+            has `file_name`.
+        part: what the file is, for messages.
+        option: the option that `name_or_path` comes from.
+    Raises:
+        ModelError: as `resolve_pipeline`.
+    """
+    access = Access(variant=None, hub=hub or Hub(), on_download=on_download)
+    place = find_place(name_or_path, option=option)
+    if place.is_single_file:
+        return _single_file(place, part, access)
+    if place.repo is not None:
+        return _single_file(replace(place, file=file_name), part, access)
+    assert place.path is not None
+    if not (place.path / file_name).is_file():
+        raise _no_such_weights(place, place.path, {"part": part, "looked_for": file_name}, access)
+    return place.path / file_name
+
+
+def _spelled(text: str, spec: FamilySpec, option: str, revision: str | None = None) -> Place:
+    """The place of an option's value; what does not exist here may be another spelling of a repository."""
+    name = text if Path(text).exists() else spec.hub_name(text)
+    return find_place(name, option=option, revision=revision)
 
 
 def _open(
@@ -175,7 +210,7 @@ def _elsewhere(place: Place, candidates: Sequence[Part], main_root: Path, own: P
         root = _open(place, candidates, _CONFIG_PATTERNS, access, alternatives=True)
         present = _present(root, candidates, alternatives=True)
         return _weights(place, root, present[0] if present else candidates[0], access)
-    path = _single_file(place, access)
+    path = _single_file(place, own.name, access)
     beside = path.parent / "config.json"
     if beside.is_file() and read_json(beside).get(own.kind_key) in own.kinds:
         return WeightFiles(part=own.name, config_path=beside, shards=(path,))
@@ -183,7 +218,7 @@ def _elsewhere(place: Place, candidates: Sequence[Part], main_root: Path, own: P
     return WeightFiles(part=own.name, config_path=main_root / own.inside("config.json"), shards=(path,))
 
 
-def _single_file(place: Place, access: Access) -> Path:
+def _single_file(place: Place, part: str, access: Access) -> Path:
     if place.repo is None:
         assert place.path is not None
         return place.path
@@ -194,8 +229,7 @@ def _single_file(place: Place, access: Access) -> Path:
     config_name = str(PurePosixPath(place.file).with_name("config.json"))
     root = fetch_large(access.hub, place.repo, [place.file, config_name], access.on_download)
     if not (root / place.file).is_file():
-        params = {"place": place.repo.name, "part": "transformer", "looked_for": place.file}
-        raise _no_such_weights(place, root, params, access)
+        raise _no_such_weights(place, root, {"part": part, "looked_for": place.file}, access)
     return root / place.file
 
 
@@ -223,9 +257,9 @@ def _no_part(place: Place, root: Path, part: Part) -> ModelError:
 def _no_weights(place: Place, root: Path, part: Part, access: Access) -> ModelError:
     wanted = wanted_names(root, part, None)
     missing = [name for name in wanted if not (root / name).is_file()]
-    params = {"place": place.text, "part": part.name, "looked_for": ", ".join(missing)}
+    params = {"part": part.name, "looked_for": ", ".join(missing)}
     if len(wanted) > len(missing):
-        return _model_error("E-MODEL-SHARDS", place.option, params)
+        return _model_error("E-MODEL-SHARDS", place.option, {**params, "place": place.text})
     return _no_such_weights(place, root / part.folder, params, access)
 
 
@@ -237,7 +271,7 @@ def _no_such_weights(place: Place, folder: Path, params: Mapping[str, object], a
     else:
         names = sorted(path.name for path in folder.iterdir() if path.suffix in (WEIGHTS_SUFFIX, *OTHER_SUFFIXES))
     exit_code = ExitCode.HUB if place.repo else ExitCode.ENVIRONMENT
-    found = {"found": ", ".join(names) or "-"}
+    found = {"place": place.repo.name if place.repo else place.text, "found": ", ".join(names) or "-"}
     return _model_error("E-MODEL-NO-WEIGHTS", place.option, {**params, **found}, exit_code)
 
 
