@@ -14,7 +14,9 @@ import torch
 
 from simpletuner.adapters.files import LORA_FILE_NAME, save_lora
 from simpletuner.adapters.lora import disabled
+from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
+from simpletuner.config.paths import fill_package
 from simpletuner.config.root import Config
 from simpletuner.data.loader import Latents, iterate_batches
 from simpletuner.data.records import Plan
@@ -194,7 +196,10 @@ class _Run:
                 transformer=model.pretrained_transformer_model_name_or_path,
                 transformer_subfolder=model.pretrained_transformer_subfolder,
                 vae=model.pretrained_vae_model_name_or_path,
-                on_download=lambda download: progress.update(0, total=download.size_bytes, detail=download.repo),
+                companion=fill_package(FLAVOURS[model.model_flavour].repository),
+                on_download=lambda download: progress.update(
+                    download.done_bytes, total=download.size_bytes, detail=download.repo
+                ),
             )
 
     def _recipe(self, plan: Plan) -> Recipe:
