@@ -77,7 +77,6 @@ def save_checkpoint(
     adapter: Mapping[str, Tensor],
     info: LoraInfo,
     optimizer_state: Mapping[str, object],
-    layout: str = "diffusers",
 ) -> Checkpoint:
     """Write `checkpoint-<step>`, replacing one of the same step.
 
@@ -88,7 +87,7 @@ def save_checkpoint(
     with os_errors_as_problems(final):
         building = Path(tempfile.mkdtemp(prefix=f".checkpoint-{step}-", dir=output_dir))
         try:
-            save_lora(building / LORA_FILE_NAME, adapter, info, layout=layout)
+            save_lora(building / LORA_FILE_NAME, adapter, info)
             torch.save(dict(optimizer_state), building / _OPTIMIZER_FILE_NAME)
             sizes = {path.name: path.stat().st_size for path in building.iterdir()}
             state = {"version": _STATE_VERSION, "step": step, "recipe": asdict(recipe), "files": sizes}
