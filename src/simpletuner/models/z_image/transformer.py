@@ -21,7 +21,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -264,9 +264,7 @@ class ZImageTransformer(nn.Module):
 
     @property
     def x_embedder(self) -> nn.Linear:
-        embedder = self.all_x_embedder[f"{PATCH}-1"]
-        assert isinstance(embedder, nn.Linear)
-        return embedder
+        return cast("nn.Linear", self.all_x_embedder[f"{PATCH}-1"])  # or an adapter around it
 
     def refine_context(self, prompts_SD: Sequence[Tensor]) -> list[Tensor]:
         """Embed and refine captions; depends on nothing but the caption.
