@@ -19,8 +19,10 @@ from simpletuner.adapters.lora import (
     apply_lora,
     load_adapter_state,
     set_scale,
+    start_from_,
     trainable_parameters,
 )
+from simpletuner.adapters.targets import linear_names
 from simpletuner.config.root import Config
 from simpletuner.data.prompts import PromptStore
 from simpletuner.events.run_directory import RunRecorder
@@ -108,7 +110,7 @@ def build_training(
         )
     )
     if config.adapter.init_lora:
-        load_adapter_state(transformer, load_lora(Path(config.adapter.init_lora)).tensors)
+        start_from_(transformer, load_lora(Path(config.adapter.init_lora), linear_names(transformer)), lora)
     if config.memory.gradient_checkpointing:
         apply_checkpointing(
             transformer.layers,

@@ -26,6 +26,7 @@ from simpletuner.events.signals import StopRequest
 from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, ProblemReported, RunPlanned, SettingOverridden
 from simpletuner.models.weights import PipelineFiles, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
+from simpletuner.optim.build import restore_optimizer_
 from simpletuner.optim.schedules import schedule_problems
 from simpletuner.problems import ConfigError, ExitCode, Problem, Severity
 from simpletuner.train.build import (
@@ -136,7 +137,7 @@ class _Run:
             )
             if checkpoint is not None:
                 training.load_adapter_state(dict(checkpoint.adapter()))
-                training.optimizer.load_state_dict(checkpoint.optimizer_state())
+                restore_optimizer_(training.optimizer, checkpoint.optimizer_state())
             validator.show_base()
             if start_step and config.validation.validation_on_startup:
                 validator.show(start_step)
