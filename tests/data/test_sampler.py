@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from hypothesis import given
@@ -154,7 +154,7 @@ def test_a_datasets_share_is_its_length_times_its_probability() -> None:
 def test_datasets_are_mixed_within_an_epoch() -> None:
     sampler = Sampler(plan_of(dataset("a", [500]), dataset("b", [500])), seed=1, batch_size=1)
     order = [sampler.picks(index)[0].sample.dataset_id for index in range(1000)]
-    changes = sum(first != second for first, second in zip(order, order[1:], strict=False))
+    changes = sum(first != second for first, second in pairwise(order))
     assert 440 < changes < 560  # 500 expected, standard deviation 16
 
 

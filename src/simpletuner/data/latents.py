@@ -100,6 +100,7 @@ def cache_latents(
     directory_of: Callable[[str], Path],
     batch_size: int,
     on_progress: Progress,
+    write_batch_size: int = 128,
     max_workers: int | None = None,
 ) -> LatentStore:
     """Encode what is missing and return all latents of `plan`.
@@ -108,6 +109,8 @@ def cache_latents(
         directory_of: the cache directory of a dataset id.
         batch_size: images per call of the encoder. All of one call have the same size.
         on_progress: called with (latents there, latents wanted), first before anything is encoded.
+        write_batch_size: latents per file of the cache; what a killed run loses is at most that, and at most ten
+            seconds' work.
         max_workers: threads that decode images; None: up to 8.
     Raises: DatasetError: images that cannot be decoded or changed since the scan, every one of them named, after all
         others were encoded and stored; or the cache cannot be written.
@@ -119,6 +122,7 @@ def cache_latents(
         if directory not in opened:
             opened[directory] = TensorStore(directory)
         stores[dataset.id] = opened[directory]
+    writers: dict[TensorStore, Writer] = {}
     wanted = _wanted(plan, stores, source.id)
     for store, by_key in wanted.items():
         store.discard_damaged(by_key)
@@ -127,7 +131,10 @@ def cache_latents(
     done = sum(key in store for store, by_key in wanted.items() for key in by_key)
     on_progress(done, total)
     if jobs:
-        _encode(jobs, source, done=done, total=total, on_progress=on_progress, max_workers=max_workers)
+        with ExitStack() as stack:
+            for store in {job.store: None for job in jobs}:
+                writers[store] = stack.enter_context(store.writer(group_entries=write_batch_size))
+            _encode(jobs, source, writers, done=done, total=total, on_progress=on_progress, max_workers=max_workers)
     return LatentStore(source.id, stores)
 
 
@@ -176,6 +183,7 @@ def _jobs(store: TensorStore, by_key: Mapping[str, Sample], batch_size: int) -> 
 def _encode(
     jobs: Sequence[_Job],
     source: LatentSource,
+    writers: Mapping[TensorStore, Writer],
     *,
     done: int,
     total: int,
@@ -183,23 +191,20 @@ def _encode(
     max_workers: int | None,
 ) -> None:
     bad: list[_BadImage] = []
+    num_workers = max_workers or min(os.cpu_count() or 1, _MAX_DECODERS)
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
     with ExitStack() as stack:
-        writers = {store: stack.enter_context(store.writer()) for store in {job.store for job in jobs}}
-        stack.enter_context(without_decoder_warnings())
-        num_workers = max_workers or min(os.cpu_count() or 1, _MAX_DECODERS)
-        pool = ThreadPoolExecutor(num_workers)
         stack.callback(pool.shutdown, cancel_futures=True)
-        pictures = _decode_ahead(jobs, pool, num_ahead=2 + num_workers // len(jobs[0].keys))
+        stack.enter_context(without_decoder_warnings())
         encoder = source.open()
         assert encoder.id == source.id, "the cache would be filled under another encoder's name"
-        for job, results in pictures:
-            failed = [result for result in results if isinstance(result, _BadImage)]
-            if failed:
-                bad += failed
+        for job, results in _decode_ahead(jobs, pool, num_ahead=2 + num_workers // len(jobs[0].keys)):
+            pictures = [result for result in results if not isinstance(result, _BadImage)]
+            if len(pictures) < len(results):
+                bad += [result for result in results if isinstance(result, _BadImage)]
                 continue
-            num_new = sum(key not in job.store for key in job.keys)
-            _encode_job(job, [r for r in results if not isinstance(r, _BadImage)], encoder, writers[job.store])
-            done += num_new
+            done += sum(key not in job.store for key in job.keys)
+            _encode_job(job, pictures, encoder, writers[job.store])
             on_progress(done, total)
     if bad:
         raise DatasetError(_bad_image_problems(bad))

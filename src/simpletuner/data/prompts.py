@@ -64,13 +64,20 @@ def prompt_key(prompt: str, encoder_id: str) -> str:
 
 
 def cache_prompts(
-    prompts: Iterable[str], source: PromptSource, *, directory: Path, batch_size: int, on_progress: Progress
+    prompts: Iterable[str],
+    source: PromptSource,
+    *,
+    directory: Path,
+    batch_size: int,
+    on_progress: Progress,
+    write_batch_size: int = 128,
 ) -> PromptStore:
     """Encode what is missing and return the embeddings of `prompts`; each distinct text once, "" is one like any other.
 
     Args:
         batch_size: prompts per call of the encoder.
         on_progress: called with (embeddings there, embeddings wanted), first before anything is encoded.
+        write_batch_size: embeddings per file of the cache.
     Raises: DatasetError: an embedding is not finite, or the cache cannot be written.
     """
     # Similar lengths share a call, so that the encoder pads little. As with latents, who shares a call does not
@@ -86,7 +93,7 @@ def cache_prompts(
     if missing:
         encoder = source.open()
         assert encoder.id == source.id, "the cache would be filled under another encoder's name"
-        with store.writer() as writer:
+        with store.writer(group_entries=write_batch_size) as writer:
             for group in missing:
                 num_new = sum(keys[prompt] not in store for prompt in group)
                 _encode_group(group, keys, encoder, writer)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -179,10 +180,10 @@ def _deal_passes(num_images: int, num_picks: int, batch_size: int, seed: int) ->
 
 
 def _interleave(starts: _Ints, seed: int) -> _Ints:
-    """Return the numbers 0 .. starts[-1] - 1 shuffled, but in order within each range starts[i] .. starts[i + 1] - 1."""
+    """Return 0 .. starts[-1] - 1 shuffled, but in order within each range from one of `starts` to the next."""
     total = int(starts[-1])
     places = np.argsort(_random_keys(total, seed), kind="stable")
-    for first, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+    for first, end in pairwise(starts.tolist()):
         places[first:end].sort()
     shuffled = np.empty(total, dtype=np.int64)
     shuffled[places] = np.arange(total)
