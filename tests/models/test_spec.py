@@ -62,16 +62,6 @@ def test_sizes_agree_with_the_modules() -> None:
     assert Z_IMAGE.tokens_per_latent == 4
 
 
-@pytest.mark.parametrize("name", ["TONGYI-MAI/Z-Image-Base", "tongyi-mai/z-image", "Tongyi-MAI/Z-Image"])
-def test_spellings_of_the_base_model_lead_to_its_repository(name: str) -> None:
-    assert Z_IMAGE.hub_name(name) == "Tongyi-MAI/Z-Image"
-
-
-def test_other_repositories_keep_their_name() -> None:
-    assert Z_IMAGE.hub_name("TONGYI-MAI/Z-Image-Turbo") == "Tongyi-MAI/Z-Image-Turbo"
-    assert Z_IMAGE.hub_name("Someone/Z-Image") == "Someone/Z-Image"
-
-
 def test_ids_and_sampling_need_neither_diffusers_nor_transformers() -> None:
     """A run whose caches are warm and that draws no images must not pay seconds for imports that it does not use."""
     code = (

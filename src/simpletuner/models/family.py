@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -36,7 +36,6 @@ class FamilySpec:
     vae_classes: tuple[str, ...]
     text_encoder_types: tuple[str, ...]  # `model_type` in the text encoder's config.json
     needs_text_tensor: Callable[[str, int], bool]  # (stored name, number of layers) -> is it used
-    hub_spellings: Mapping[str, str]  # lower-case spelling of a repository -> its true name
 
     @property
     def alignment_px(self) -> int:
@@ -50,7 +49,3 @@ class FamilySpec:
     def lora_targets(self, preset: str) -> tuple[str, ...]:
         """Target patterns of the preset of that name; KeyError for another name."""
         return {row.name: row.targets for row in self.lora_presets}[preset]
-
-    def hub_name(self, repo: str) -> str:
-        """The true name of a repository that is also known under another spelling; else `repo` itself."""
-        return self.hub_spellings.get(repo.lower(), repo)

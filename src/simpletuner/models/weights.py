@@ -69,7 +69,7 @@ def resolve_pipeline(
     hub: Hub | None = None,
     on_download: OnDownload | None = None,
 ) -> PipelineFiles:
-    """Find, and where necessary download, the files of a pipeline. A repository may also be spelled as users do.
+    """Find, and where necessary download, the files of a pipeline.
 
     Args:
         name_or_path: a folder in the diffusers layout, a repository, or a single transformer file.
@@ -84,16 +84,16 @@ def resolve_pipeline(
         ModelError: E-MODEL-... if something here is missing or of another kind, E-HUB-... (exit code HUB).
     """
     access = Access(variant=variant, hub=hub or Hub(), on_download=on_download)
-    main = _spelled(name_or_path, spec, MODEL_OPTION, revision)
-    transformer_place = _spelled(transformer, spec, TRANSFORMER_OPTION) if transformer else None
-    vae_place = _spelled(vae, spec, VAE_OPTION) if vae else None
+    main = find_place(name_or_path, option=MODEL_OPTION, revision=revision)
+    transformer_place = find_place(transformer, option=TRANSFORMER_OPTION) if transformer else None
+    vae_place = find_place(vae, option=VAE_OPTION) if vae else None
     if main.is_single_file:
         if transformer_place is not None:
             params = {"path": name_or_path, "other": transformer}
             raise _model_error("E-MODEL-TWO-TRANSFORMERS", MODEL_OPTION, params)
         if companion is None:
             raise _model_error("E-MODEL-NO-COMPANION", MODEL_OPTION, {"path": name_or_path})
-        main, transformer_place = _spelled(companion, spec, MODEL_OPTION), main
+        main, transformer_place = find_place(companion, option=MODEL_OPTION), main
 
     own_transformer, own_vae = transformer_part(spec, "transformer"), vae_part(spec, "vae")
     text_encoder = text_encoder_part(spec)
@@ -151,12 +151,6 @@ def resolve_file(
     if not (place.path / file_name).is_file():
         raise _no_such_weights(place, place.path, {"part": part, "looked_for": file_name}, access)
     return place.path / file_name
-
-
-def _spelled(text: str, spec: FamilySpec, option: str, revision: str | None = None) -> Place:
-    """The place of an option's value; what does not exist here may be another spelling of a repository."""
-    name = text if Path(text).exists() else spec.hub_name(text)
-    return find_place(name, option=option, revision=revision)
 
 
 def _open(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from simpletuner.models.family import FamilySpec, LoraPreset
 from simpletuner.models.z_image.layouts import needs_text_tensor
 
@@ -38,11 +36,4 @@ Z_IMAGE = FamilySpec(
     vae_classes=("AutoencoderKL",),
     text_encoder_types=("qwen3",),
     needs_text_tensor=needs_text_tensor,
-    hub_spellings=MappingProxyType(
-        {
-            "tongyi-mai/z-image": "Tongyi-MAI/Z-Image",
-            "tongyi-mai/z-image-base": "Tongyi-MAI/Z-Image",
-            "tongyi-mai/z-image-turbo": "Tongyi-MAI/Z-Image-Turbo",
-        }
-    ),
 )
