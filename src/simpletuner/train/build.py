@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from simpletuner.adapters.assistant import ASSISTANT_NAME, activate_with_assistant_, attach_assistant
 from simpletuner.adapters.files import LoraInfo, load_lora
 from simpletuner.adapters.lora import (
     LoraReport,
@@ -41,13 +42,23 @@ from simpletuner.train.step import StepSettings
 
 
 @dataclass(frozen=True, kw_only=True)
+class AssistantStrengths:
+    """How much an assistant adapter counts in training steps and in validation images."""
+
+    training: float
+    sampling: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """The model with its adapter, and what moves it."""
 
     transformer: ZImageTransformer
     contexts: ContextCache
+    sampling_contexts: ContextCache  # as `contexts`, for the strengths of validation
     adapter: LoraReport
     lora: LoraSettings
+    assistant: AssistantStrengths | None
     params: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
     compute: Compute
@@ -62,13 +73,17 @@ class Training:
             return velocity(self.transformer, latents, sigma_B, context)
 
     @contextmanager
-    def strength(self, scale: float) -> Iterator[None]:
-        """Within it the adapter counts `scale` times; 0 shows the model without it."""
-        set_scale(self.transformer, scale)
+    def sampling(self, strength: float) -> Iterator[None]:
+        """For images: the trained adapter counts `strength` times, the assistant as little as it shall there."""
+        self._set_strengths(strength, self.assistant.sampling if self.assistant else 0.0)
         try:
             yield
         finally:
-            set_scale(self.transformer, 1.0)
+            self._set_strengths(1.0, self.assistant.training if self.assistant else 0.0)
+
+    def _set_strengths(self, trained: float, assistant: float) -> None:
+        set_scale(self.transformer, trained)
+        set_scale(self.transformer, assistant, ASSISTANT_NAME)
 
     def adapter_state(self) -> dict[str, Tensor]:
         return adapter_state(self.transformer)
@@ -83,9 +98,15 @@ class Training:
 
 
 def build_training(
-    config: Config, *, files: PipelineFiles, prompts: PromptStore, compute: Compute, run: RunRecorder
+    config: Config,
+    *,
+    files: PipelineFiles,
+    assistant_file: Path | None,
+    prompts: PromptStore,
+    compute: Compute,
+    run: RunRecorder,
 ) -> Training:
-    """Load the transformer and attach what is trained."""
+    """Load the transformer, then attach the assistant adapter, if there is one, and what is trained."""
     begun = time.monotonic()
     with run.phase("transformer"):
         transformer = load_transformer(files.transformer, dtype=compute.weights, device=compute.device)
@@ -98,8 +119,17 @@ def build_training(
             seconds=time.monotonic() - begun,
         )
     )
+    assistant = None
+    if assistant_file is not None:
+        options = config.adapter
+        attach_assistant(transformer, assistant_file, dtype=compute.weights)
+        assistant = AssistantStrengths(
+            training=options.assistant_lora_strength, sampling=options.assistant_lora_inference_strength
+        )
     lora = lora_settings(config)
     adapter = apply_lora(transformer, lora)
+    if assistant is not None:
+        activate_with_assistant_(transformer, strength=assistant.training)
     run.emit(
         AdapterCreated(
             num_params=adapter.num_params,
@@ -119,14 +149,20 @@ def build_training(
         )
     params = trainable_parameters(transformer)
     transformer.train()
-    return Training(
-        transformer=transformer,
-        contexts=ContextCache(
+    contexts, sampling_contexts = (
+        ContextCache(
             transformer.refine_context,
             prompts.get,
             device=compute.device,
             keep=not transformer.is_context_trained(),
-        ),
+        )
+        for _ in range(2)
+    )
+    return Training(
+        transformer=transformer,
+        contexts=contexts,
+        sampling_contexts=contexts if assistant is None else sampling_contexts,
+        assistant=assistant,
         adapter=adapter,
         lora=lora,
         params=params,

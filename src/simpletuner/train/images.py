@@ -115,9 +115,9 @@ class Validator:
     def _engine(self) -> ImageEngine:
         return ImageEngine(
             velocity=self._training.velocity,
-            context_of=self._training.contexts.get,
+            context_of=self._training.sampling_contexts.get,
             decode=self._decode,
-            strength=self._training.strength,
+            strength=self._training.sampling,
             latent_channels=Z_IMAGE.latent_channels,
             px_per_latent=Z_IMAGE.vae_factor,
             px_per_token=Z_IMAGE.alignment_px,

@@ -16,7 +16,6 @@ from simpletuner.adapters.files import LORA_FILE_NAME, save_lora
 from simpletuner.adapters.lora import disabled
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
-from simpletuner.config.paths import fill_package
 from simpletuner.config.root import Config
 from simpletuner.data.loader import Latents, iterate_batches
 from simpletuner.data.records import Plan
@@ -24,7 +23,8 @@ from simpletuner.data.sampler import Sampler
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
 from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, ProblemReported, RunPlanned, SettingOverridden
-from simpletuner.models.weights import PipelineFiles, resolve_pipeline
+from simpletuner.models.hub import Download
+from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.optim.build import restore_optimizer_
 from simpletuner.optim.schedules import schedule_problems
@@ -113,7 +113,7 @@ class _Run:
             compute = self._choose_compute()
             checkpoint = choose_checkpoint(self._output_dir, config.run.resume_from_checkpoint)
             config = self._settle_seed(checkpoint)
-            files = self._find_model()
+            files, assistant_file = self._find_model()
             plan = scan_datasets(config, self._loaded.datasets, run)
             sampler = Sampler(plan, seed=config.run.seed, batch_size=config.optimizer.train_batch_size)
             recipe = self._recipe(plan)
@@ -131,7 +131,9 @@ class _Run:
             latents = fill_latent_cache(
                 plan, config=config, datasets=self._loaded.datasets, files=files, compute=compute, run=run
             )
-            training = build_training(config, files=files, prompts=prompts, compute=compute, run=run)
+            training = build_training(
+                config, files=files, assistant_file=assistant_file, prompts=prompts, compute=compute, run=run
+            )
             validator = Validator(
                 config, requests=requests, training=training, files=files, run=run, headings=self._headings
             )
@@ -186,10 +188,15 @@ class _Run:
             self._run.emit(override)
         return compute
 
-    def _find_model(self) -> PipelineFiles:
-        model = self._config.model
+    def _find_model(self) -> tuple[PipelineFiles, Path | None]:
+        """The files of the model, and of the assistant adapter if one is to be used."""
+        model, adapter = self._config.model, self._config.adapter
         with self._run.phase("download", unit="bytes") as progress:
-            return resolve_pipeline(
+
+            def on_download(download: Download) -> None:
+                progress.update(download.done_bytes, total=download.size_bytes, detail=download.repo)
+
+            files = resolve_pipeline(
                 model.pretrained_model_name_or_path,
                 spec=Z_IMAGE,
                 revision=model.revision,
@@ -197,11 +204,19 @@ class _Run:
                 transformer=model.pretrained_transformer_model_name_or_path,
                 transformer_subfolder=model.pretrained_transformer_subfolder,
                 vae=model.pretrained_vae_model_name_or_path,
-                companion=fill_package(FLAVOURS[model.model_flavour].repository),
-                on_download=lambda download: progress.update(
-                    download.done_bytes, total=download.size_bytes, detail=download.repo
-                ),
+                companion=FLAVOURS[model.model_flavour].repository,
+                on_download=on_download,
             )
+            if adapter.assistant_lora_path is None or adapter.disable_assistant_lora:
+                return files, None
+            assistant_file = resolve_file(
+                adapter.assistant_lora_path,
+                file_name=adapter.assistant_lora_weight_name or LORA_FILE_NAME,
+                part="assistant adapter",
+                option="assistant_lora_path",
+                on_download=on_download,
+            )
+        return files, assistant_file
 
     def _recipe(self, plan: Plan) -> Recipe:
         config, lora = self._config, lora_settings(self._config)
