@@ -99,6 +99,7 @@ def test_the_fingerprint_changes_with_all_that_training_sees(
         replace(spec, resize=ResizeSpec(resolution=256, crop=True, crop_style="center")),
         replace(spec, captions=CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("a",))),
         replace(spec, max_num_samples=3),
+        replace(spec, train_batch_size=1),
     ]
     prints = [make_plan(changed).fingerprint for changed in [spec, *changes]]
     prints.append(make_plan(spec, seed=43).fingerprint)
@@ -206,6 +207,9 @@ def test_a_bucket_that_cannot_fill_a_batch_says_how_many_repeats_would(
     with pytest.raises(DatasetError):
         make_plan(replace(spec, repeats=2), batch_size=4)
     make_plan(replace(spec, repeats=3), batch_size=4)
+    make_plan(replace(spec, train_batch_size=1), batch_size=4)
+    with pytest.raises(DatasetError):
+        make_plan(replace(spec, train_batch_size=4), batch_size=1)
 
 
 def test_minimum_repeats_is_the_smallest_that_fills_a_batch() -> None:

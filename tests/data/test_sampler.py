@@ -151,6 +151,16 @@ def test_a_datasets_share_is_its_length_times_its_probability() -> None:
     assert {count for key, count in shown.items() if key.startswith("tenth/")} == {1}
 
 
+def test_a_dataset_may_have_its_own_batch_size() -> None:
+    large = replace(dataset("large", [40]), batch_size=4)
+    sampler = Sampler(plan_of(large, dataset("small", [10])), seed=1, batch_size=2)
+    assert (sampler.batches_per_epoch, sampler.samples_per_epoch) == (15, 50)
+    seen = Counter((p.sample.dataset_id, p.sample.record.key) for i in range(15) for p in sampler.picks(i))
+    assert set(seen.values()) == {1}
+    sizes = {picks[0].sample.dataset_id: len(picks) for picks in islice(stream(sampler), 15)}
+    assert sizes == {"large": 4, "small": 2}
+
+
 def test_datasets_are_mixed_within_an_epoch() -> None:
     sampler = Sampler(plan_of(dataset("a", [500]), dataset("b", [500])), seed=1, batch_size=1)
     order = [sampler.picks(index)[0].sample.dataset_id for index in range(1000)]

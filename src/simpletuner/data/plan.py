@@ -42,7 +42,8 @@ def build_plan(
     """Scan every dataset and return what a run will train on.
 
     Args:
-        batch_size: samples of one micro-batch; every bucket must fill at least one per epoch.
+        batch_size: samples of one micro-batch, of datasets that have no `train_batch_size` of their own. Every bucket
+            must fill at least one per epoch.
         seed: for random crops and aspects.
         cache_dir: where the index of known images is kept.
         on_progress: called with (images looked at, images found), over all datasets.
@@ -137,6 +138,7 @@ def _plan_dataset(spec: DatasetSpec, found: Scan, *, seed: int, batch_size: int)
         Bucket(size=size, samples=tuple(sorted(samples, key=lambda s: (s.record.content_id, s.record.key))))
         for size, samples in sorted(by_size.items())
     )
+    batch_size = spec.train_batch_size or batch_size
     short = [bucket for bucket in buckets if len(bucket.samples) * (spec.repeats + 1) < batch_size]
     if short:
         return [_no_batch_problem(spec, buckets, short, batch_size)]
@@ -148,6 +150,7 @@ def _plan_dataset(spec: DatasetSpec, found: Scan, *, seed: int, batch_size: int)
         is_regularisation=spec.is_regularisation_data,
         caption_dropout_probability=spec.caption_dropout_probability,
         dropped=tuple(dropped),
+        batch_size=spec.train_batch_size,
     )
 
 
@@ -173,7 +176,7 @@ def _select(
 def _fingerprint(datasets: Sequence[DatasetPlan]) -> str:
     content = [
         [
-            [d.id, d.repeats, d.probability, d.is_regularisation, d.caption_dropout_probability],
+            [d.id, d.repeats, d.probability, d.is_regularisation, d.caption_dropout_probability, d.batch_size],
             [
                 [s.record.content_id, s.geometry.target, s.geometry.intermediary, s.geometry.crop, s.captions]
                 for bucket in d.buckets

@@ -85,6 +85,8 @@ class DatasetPlan:
     is_regularisation: bool
     caption_dropout_probability: float
     dropped: tuple[Dropped, ...]
+    batch_size: int | None = None
+    """Samples of one micro-batch of this dataset; None: the run's."""
 
     @property
     def num_images(self) -> int:

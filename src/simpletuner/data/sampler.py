@@ -44,16 +44,18 @@ class Sampler:
     """
 
     def __init__(self, plan: Plan, *, seed: int, batch_size: int, world_size: int = 1) -> None:
-        """Args: batch_size: samples of one micro-batch on one rank; world_size: number of ranks."""
+        """Args: batch_size: samples of one rank's micro-batch, of datasets that say nothing else; world_size: ranks."""
         assert batch_size > 0
         assert world_size > 0
         self.plan = plan
         self._seed = seed
-        self._batch_size = batch_size
         self._world_size = world_size
         self._datasets = tuple(dataset for dataset in plan.datasets if dataset.probability > 0)
         assert self._datasets, "build_plan refuses a plan without a dataset to draw from"
-        self._round_batches = [_num_round_batches(dataset, batch_size) for dataset in self._datasets]
+        self._batch_sizes = [dataset.batch_size or batch_size for dataset in self._datasets]
+        self._round_batches = [
+            _num_round_batches(*pair) for pair in zip(self._datasets, self._batch_sizes, strict=True)
+        ]
         highest = max(dataset.probability for dataset in self._datasets)
         self._epoch_batches = [
             max(round(count * dataset.probability / highest), 1)
@@ -72,10 +74,10 @@ class Sampler:
     @property
     def samples_per_epoch(self) -> int:
         """Samples of an epoch over all ranks, repeats and filled-up batches included."""
-        return self._global_epoch_batches * self._batch_size
+        return sum(count * size for count, size in zip(self._epoch_batches, self._batch_sizes, strict=True))
 
     def picks(self, index: int, rank: int = 0) -> tuple[Pick, ...]:
-        """Return the micro-batch `index` of `rank`: `batch_size` picks of one dataset and one bucket."""
+        """Return the micro-batch `index` of `rank`: full, and of one dataset and one bucket."""
         assert index >= 0
         assert 0 <= rank < self._world_size
         global_index = index * self._world_size + rank
@@ -104,7 +106,7 @@ class Sampler:
 
     def _deal_round(self, key: tuple[int, int]) -> _Round:
         which, number = key
-        return _Round(self._datasets[which], number, seed=self._seed, batch_size=self._batch_size)
+        return _Round(self._datasets[which], number, seed=self._seed, batch_size=self._batch_sizes[which])
 
 
 class _Round:

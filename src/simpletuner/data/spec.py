@@ -72,3 +72,5 @@ class DatasetSpec:
     is_regularisation_data: bool = False
     caption_dropout_probability: float = 0.0
     max_num_samples: int | None = None
+    train_batch_size: int | None = None
+    """Samples of one micro-batch of this dataset; None: the run's."""

@@ -52,6 +52,7 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
             seed=config.run.seed,
             cache_dir=Path(config.data.cache_dir),
             on_progress=lambda done, total: progress.update(done, total=total),
+            max_workers=config.data.max_workers,
         )
     for dataset in plan.datasets:
         buckets = [
@@ -97,6 +98,7 @@ def fill_prompt_cache(
             directory=Path(datasets.text_embeds.cache_dir),
             batch_size=_PROMPTS_PER_CALL,
             on_progress=lambda done, total: progress.update(done, total=total),
+            write_batch_size=datasets.text_embeds.write_batch_size,
         )
     free_memory(compute.device)
     return store
@@ -134,6 +136,8 @@ def fill_latent_cache(
             directory_of=directories.__getitem__,
             batch_size=config.data.vae_batch_size,
             on_progress=lambda done, total: progress.update(done, total=total),
+            write_batch_size=config.data.write_batch_size,
+            max_workers=config.data.max_workers,
         )
     free_memory(compute.device)
     return store
@@ -174,6 +178,7 @@ def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
         is_regularisation_data=dataset.is_regularisation_data,
         caption_dropout_probability=dataset.caption_dropout_probability,
         max_num_samples=dataset.max_num_samples,
+        train_batch_size=dataset.train_batch_size,
     )
 
 
