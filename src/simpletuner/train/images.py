@@ -96,17 +96,20 @@ class Validator:
         was_training = training.transformer.training
         training.transformer.eval()
         try:
-            with self._run.phase("validation"):
+            settings = sampling_settings(self._config)
+            total = len(requests) * settings.num_steps
+            with self._run.phase("validation", total=total, unit="steps") as progress:
                 validate(
                     requests,
                     step=step,
                     heading=self._headings,
                     with_adapter=step > 0,
                     engine=self._engine(),
-                    settings=sampling_settings(self._config),
+                    settings=settings,
                     gallery=self._gallery,
                     all_requests=self._requests,
                     emit=self._run.emit,
+                    on_progress=progress.advance,
                 )
         finally:
             training.transformer.train(was_training)

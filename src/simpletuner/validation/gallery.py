@@ -120,23 +120,27 @@ class Gallery:
 
 
 def _draw_sheet(headings: Sequence[str], rows: Sequence[tuple[str, Sequence[Path | None]]]) -> Image.Image:
+    """Blocks of one prompt each, its images side by side and its text below, in up to three columns."""
     font = ImageFont.load_default(_TEXT_PX)
-    images = [[_load_cell(file) for file in files] for _, files in rows]
-    cell_width = max(image.width for row in images for image in row if image)
-    heights = [max((image.height for image in row if image), default=_CELL_PX) for row in images]
     line = _TEXT_PX + _MARGIN_PX
-    width = _MARGIN_PX + len(headings) * (cell_width + _MARGIN_PX)
-    sheet = Image.new("RGB", (width, line + _MARGIN_PX + sum(h + line + _MARGIN_PX for h in heights)), "white")
+    images = [[_load_cell(file) for file in files] for _, files in rows]
+    height = line + max(image.height for row in images for image in row if image) + line + _MARGIN_PX
+    width = len(headings) * (_CELL_PX + _MARGIN_PX) + _MARGIN_PX
+    per_row = min(len(rows), 3 if len(rows) > 6 else 2 if len(rows) > 2 else 1)
+    num_rows = -(-len(rows) // per_row)
+    sheet = Image.new("RGB", (per_row * width + _MARGIN_PX, num_rows * height + _MARGIN_PX), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, heading in enumerate(headings):
-        draw.text((_MARGIN_PX + column * (cell_width + _MARGIN_PX), _MARGIN_PX), heading, fill="black", font=font)
-    top = line + _MARGIN_PX
-    for (label, _), row, height in zip(rows, images, heights, strict=True):
-        for column, image in enumerate(row):
+    for index, ((label, _), row) in enumerate(zip(rows, images, strict=True)):
+        left = _MARGIN_PX + index % per_row * width
+        top = _MARGIN_PX + index // per_row * height
+        for column, (heading, image) in enumerate(zip(headings, row, strict=True)):
+            x = left + column * (_CELL_PX + _MARGIN_PX)
+            draw.text((x, top), heading, fill="#777", font=font)
             if image:
-                sheet.paste(image, (_MARGIN_PX + column * (cell_width + _MARGIN_PX), top))
-        draw.text((_MARGIN_PX, top + height + 2), _shorten(label, draw, font, width - 2 * _MARGIN_PX), "#333", font)
-        top += height + line + _MARGIN_PX
+                sheet.paste(image, (x, top + line))
+        tallest = max((image.height for image in row if image), default=0)
+        text = _shorten(label, draw, font, width - 2 * _MARGIN_PX)
+        draw.text((left, top + line + tallest + 4), text, fill="black", font=font)
     return sheet
 
 

@@ -59,11 +59,14 @@ def validate(
     gallery: Gallery,
     all_requests: Sequence[ImageRequest],
     emit: Callable[[Event], None],
+    on_progress: Callable[[int], None],
 ) -> None:
     """Make `requests`, add them to the gallery and draw the sheet base | this step over `all_requests`.
 
-    `heading(step)` names a column of the sheet. `with_adapter=False` shows the base model (step 0), whatever the
-    adapter has learned.
+    Args:
+        heading: step -> name of its column in the sheet.
+        with_adapter: False shows the base model (step 0), whatever the adapter has learned.
+        on_progress: told after each sampling step how many images it moved.
     """
     started = time.monotonic()
     emit(ValidationStarted(step=step, num_images=len(requests)))
@@ -71,7 +74,7 @@ def validate(
         group_started = time.monotonic()
         strength = group[0].prompt.strength if with_adapter else 0.0
         with engine.strength(strength):
-            images = make_images(group, engine=engine, settings=settings)
+            images = make_images(group, engine=engine, settings=settings, on_progress=on_progress)
         seconds = (time.monotonic() - group_started) / len(group)
         for request, image in zip(group, images, strict=True):
             entry = _entry(request, step, strength, settings, gallery)
@@ -103,9 +106,16 @@ def validate(
 
 @torch.no_grad()
 def make_images(
-    requests: Sequence[ImageRequest], *, engine: ImageEngine, settings: SamplingSettings
+    requests: Sequence[ImageRequest],
+    *,
+    engine: ImageEngine,
+    settings: SamplingSettings,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> list[Image.Image]:
-    """Sample and decode images of any sizes in one packed call; each depends on its own request only."""
+    """Sample and decode images of any sizes in one packed call; each depends on its own request only.
+
+    `on_progress` is told after each sampling step how many images it moved.
+    """
     noise = [
         draw_noise(request.size, request.seed, channels=engine.latent_channels, factor=engine.px_per_latent).to(
             engine.device
@@ -121,6 +131,7 @@ def make_images(
         negative,
         sigmas_N=sigmas(settings.num_steps, settings.shift),
         guidance=Guidance(scale=settings.guidance),
+        on_step=lambda _: on_progress(len(requests)),
     )
     return [to_image(engine.decode(latent[None])[0]) for latent in latents]
 
