@@ -59,7 +59,7 @@ def test_sizes_agree_with_the_modules() -> None:
     assert Z_IMAGE.patch == PATCH
     assert Z_IMAGE.latent_channels == ZImageTransformerConfig().in_channels == len(draw_noise((16, 16), seed=0))
     assert Z_IMAGE.alignment_px == 16
-    assert Z_IMAGE.tokens_per_latent == 4
+    assert Z_IMAGE.latents_per_token == 4
 
 
 def test_ids_and_sampling_need_neither_diffusers_nor_transformers() -> None:

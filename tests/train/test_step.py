@@ -21,7 +21,7 @@ def settings(**changes) -> StepSettings:
         "flow": FlowSettings(),
         "max_grad_norm": 0.0,
         "clip_by_value": False,
-        "tokens_per_latent": 4,
+        "latents_per_token": 4,
         "uses_dropout": False,
     }
     return StepSettings(**{**values, **changes})

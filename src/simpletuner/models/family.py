@@ -42,7 +42,7 @@ class FamilySpec:
         return self.vae_factor * self.patch
 
     @property
-    def tokens_per_latent(self) -> int:
+    def latents_per_token(self) -> int:
         """Latents that one image token covers."""
         return self.patch**2
 

@@ -223,7 +223,7 @@ def step_settings(config: Config, *, rank: int) -> StepSettings:
         flow=flow,
         max_grad_norm=config.optimizer.max_grad_norm,
         clip_by_value=config.optimizer.grad_clip_method == "value",
-        tokens_per_latent=Z_IMAGE.tokens_per_latent,
+        latents_per_token=Z_IMAGE.latents_per_token,
         uses_dropout=config.adapter.lora_dropout > 0,
     )
 

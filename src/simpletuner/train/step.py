@@ -39,7 +39,7 @@ class StepSettings:
     flow: FlowSettings
     max_grad_norm: float  # 0: no clipping
     clip_by_value: bool
-    tokens_per_latent: int  # latents under one image token: patch side squared
+    latents_per_token: int  # patch side squared
     uses_dropout: bool
 
 
@@ -103,7 +103,7 @@ def _batch_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss and noise level of each sample, both [B]. All randomness comes from (seed, rank, batch.index)."""
     draws = generator(settings.seed, "flow", settings.rank, batch.index)
-    num_tokens = [x.shape[-2] * x.shape[-1] // settings.tokens_per_latent for x in batch.latents]
+    num_tokens = [x.shape[-2] * x.shape[-1] // settings.latents_per_token for x in batch.latents]
     sigma_B = draw_sigma(settings.flow, num_tokens, draws)
     noise = draw_noise(batch.latents, draws)
     sigma_on_device_B = sigma_B.to(batch.latents[0].device, non_blocking=True)
