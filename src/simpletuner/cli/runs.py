@@ -21,12 +21,11 @@ from typing import NoReturn
 
 from simpletuner.events import control, formats
 from simpletuner.events.codec import encode, to_line, to_text
-from simpletuner.events.console import print_text
 from simpletuner.events.eta import round_remaining
 from simpletuner.events.find import Place, choose_run, find_runs
 from simpletuner.events.journal import Record, follow, parse_time, read, record_to_json, utc_now
+from simpletuner.events.paths import RunDirectory
 from simpletuner.events.processes import is_alive
-from simpletuner.events.run_directory import RunDirectory
 from simpletuner.events.run_status import RunNotFoundError, RunStatus, State, read_run
 from simpletuner.events.text import Narrator, format_line, phase_label
 from simpletuner.events.types import CheckpointSaved
@@ -74,7 +73,7 @@ def run(argv: Sequence[str], language: str, *, output_dirs: Sequence[Path] = ())
     """
     command, *rest = argv or ["--help"]
     if command in ("-h", "--help", "help") or "-h" in rest or "--help" in rest:
-        print_text(sys.stdout, text("runs.help", language) + "\n")
+        print(text("runs.help", language))
         return ExitCode.OK
     if command not in COMMANDS:
         close = ", ".join(get_close_matches(command, COMMANDS, n=1) or COMMANDS)
@@ -98,9 +97,9 @@ def _list(call: _Call) -> int:
         raise ConfigError(Problem(code="E-RUNS-ROOT", params={"path": call.args.run}))
     runs = find_runs([Place(path=Path(call.args.run))] if call.args.run is not None else call.places)
     if call.args.json:
-        print_text(sys.stdout, to_text([encode(status) for status in runs]))
+        print(to_text([encode(status) for status in runs]), end="", flush=True)
     elif not runs:
-        print_text(sys.stderr, call.say("runs.none") + "\n")
+        print(call.say("runs.none"), file=sys.stderr)
     else:
         header = [call.say(f"runs.column.{name}") for name in ("state", "run", "step", "loss", "age", "path")]
         _print_table([header, *(_row(status, call) for status in runs)])
@@ -110,7 +109,7 @@ def _list(call: _Call) -> int:
 def _show(call: _Call) -> int:
     status = call.choose(live=False)
     if call.args.json:
-        print_text(sys.stdout, to_text(encode(status)))
+        print(to_text(encode(status)), end="", flush=True)
         return ExitCode.OK
     view, checkpoint = RunView(), None
     for record in read(RunDirectory(status.path).events_jsonl):
@@ -119,8 +118,8 @@ def _show(call: _Call) -> int:
             checkpoint = record.event.path
     rows = _facts(status, view, checkpoint, call)
     width = max(len(label) for label, _ in rows)
-    print_text(sys.stdout, _headline(status, view, call) + "\n")
-    print_text(sys.stdout, "".join(f"  {label:{width}}  {value}\n" for label, value in rows))
+    print(_headline(status, view, call))
+    print("".join(f"  {label:{width}}  {value}\n" for label, value in rows), end="", flush=True)
     return ExitCode.OK
 
 
@@ -140,10 +139,10 @@ def _logs(call: _Call) -> int:
     for record in read(journal):
         kept.extend(lines(record))
         last = record.seq
-    print_text(sys.stdout, "".join(kept))
+    print("".join(kept), end="", flush=True)
     if call.args.follow and status.is_live:
         for record in follow(journal, after=last, finished=lambda: not _is_live(status.path)):
-            print_text(sys.stdout, "".join(lines(record)))
+            print("".join(lines(record)), end="", flush=True)
     return ExitCode.OK
 
 
@@ -178,7 +177,7 @@ _ACTIONS: dict[str, Callable[[_Call], int]] = {
 def _ask(call: _Call, status: RunStatus, kind: control.CommandKind, *, asked: str, save: bool = True) -> int:
     """Send a command and wait for what becomes of it."""
     command_id = control.send(status.path, kind, save=save)
-    print_text(sys.stderr, asked + "\n")
+    print(asked, file=sys.stderr)
     if call.args.no_wait:
         return ExitCode.OK
     timeout_s = call.args.timeout
@@ -193,9 +192,9 @@ def _ask(call: _Call, status: RunStatus, kind: control.CommandKind, *, asked: st
         raise SimpletunerError(Problem(code=code, params={"path": str(status.path), "kind": kind}))
     path = str(status.path / answer.path) if answer.path else ""
     if call.args.json:
-        print_text(sys.stdout, to_text(encode(answer)))
+        print(to_text(encode(answer)), end="", flush=True)
     else:
-        print_text(sys.stdout, call.say(f"runs.answer.{answer.message}", step=answer.step, path=path) + "\n")
+        print(call.say(f"runs.answer.{answer.message}", step=answer.step, path=path))
     return ExitCode.OK
 
 
@@ -209,7 +208,7 @@ def _kill(status: RunStatus, call: _Call) -> int:
         os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
     while is_alive(pid, status.snapshot.pid_start):
         time.sleep(0.05)
-    print_text(sys.stdout, call.say("runs.answer.killed", run=_name(status), pid=pid) + "\n")
+    print(call.say("runs.answer.killed", run=_name(status), pid=pid))
     return ExitCode.OK
 
 
@@ -296,7 +295,7 @@ def _print_table(rows: list[list[str]]) -> None:
             cell.rjust(width) if i in (2, 3, 4) else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        print_text(sys.stdout, _GAP.join(cells).rstrip() + "\n")
+        print(_GAP.join(cells).rstrip())
 
 
 class _Parser(argparse.ArgumentParser):

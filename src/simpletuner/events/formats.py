@@ -20,7 +20,7 @@ def significant(value: float, language: str) -> str:
         return str(value)
     if value != 0 and not 1e-3 <= abs(value) < 1e4:
         return scientific(value, language)
-    magnitude = 0 if value == 0 else math.floor(math.log10(abs(value)))
+    magnitude = int(f"{value:.2e}".split("e")[1])  # after rounding: 0.9996 is 1.00
     return decimal(value, min(3, max(0, 2 - magnitude)), language)
 
 

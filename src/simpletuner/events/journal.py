@@ -7,6 +7,7 @@ and only on complete lines: a line that is being written, or that a power cut to
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -91,7 +92,8 @@ class Journal:
             while written < len(line):  # a disk that fills up takes a part first, then refuses
                 written += os.write(self._handle, line[written:])
         except OSError as error:
-            os.ftruncate(self._handle, size_bytes)
+            with contextlib.suppress(OSError):  # what stays torn is cut off by the next opening
+                os.ftruncate(self._handle, size_bytes)
             raise FileSystemError(problem_from_oserror(error, self._path)) from error
         return record
 

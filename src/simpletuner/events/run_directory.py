@@ -11,39 +11,35 @@ Everything that others read goes through `emit`: journal first, then run.json, l
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import os
-import secrets
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
 from simpletuner.events import control
 from simpletuner.events import types as t
+from simpletuner.events.begin import created, first_snapshot, refuse_if_live, started_event
 from simpletuner.events.files import exclusive_lock, write_atomic
 from simpletuner.events.journal import Journal, Record, format_time, utc_now
 from simpletuner.events.oserrors import os_errors_as_problems
-from simpletuner.events.processes import process_start
+from simpletuner.events.paths import RunDirectory
 from simpletuner.events.run_status import (
     HEARTBEAT_INTERVAL_S,
     RunInfo,
-    RunNotFoundError,
     RunSnapshot,
     advance,
-    read_run,
     snapshot_to_text,
 )
 from simpletuner.events.signals import KILL, LEAVE, SAVE, Source, StopRequest
 from simpletuner.events.text import LogSink
 from simpletuner.problems import ExitCode, Problem, SimpletunerError
 
-_CONTROL_POLL_S = 0.5
+_CONTROL_POLL_S = 0.25
 _PROGRESS_INTERVAL_S = 0.5
 _SNAPSHOT_INTERVAL_S = 1.0
 
@@ -59,66 +55,6 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Called once, after the last event."""
-
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """The paths of a run. Makes nothing, reads nothing."""
-
-    path: Path
-
-    @property
-    def run_json(self) -> Path:
-        """State, process, progress and ending."""
-        return self.path / "run.json"
-
-    @property
-    def config_json(self) -> Path:
-        """The effective options with their origin."""
-        return self.path / "config.json"
-
-    @property
-    def events_jsonl(self) -> Path:
-        """The journal."""
-        return self.path / "events.jsonl"
-
-    @property
-    def log_txt(self) -> Path:
-        """The same for people, in English."""
-        return self.path / "log.txt"
-
-    @property
-    def heartbeat(self) -> Path:
-        """Touched every two seconds; also the lock of a start."""
-        return self.path / "heartbeat"
-
-    @property
-    def control(self) -> Path:
-        """Commands as files."""
-        return self.path / "control"
-
-    @property
-    def validation_images(self) -> Path:
-        """Validation images and their index."""
-        return self.path / "validation_images"
-
-    @property
-    def preview(self) -> Path:
-        """The latest live preview of each prompt."""
-        return self.path / "preview"
-
-    @property
-    def weights(self) -> Path:
-        """The result."""
-        return self.path / "pytorch_lora_weights.safetensors"
-
-    def checkpoint(self, step: int) -> Path:
-        """The checkpoint of one step."""
-        return self.path / f"checkpoint-{step}"
-
-
-class RunIsLiveError(SimpletunerError):
-    """Another process trains in this directory."""
 
 
 class PhaseProgress:
@@ -191,25 +127,25 @@ class RunRecorder:
         directory = RunDirectory(Path(output_dir).absolute())
         with (
             os_errors_as_problems(directory.path),
-            _created(directory.path, directory.control),
+            created(directory.path, directory.control),
             exclusive_lock(directory.heartbeat) as alone,
         ):
-            snapshot = _first_snapshot(info, effective_config, _refuse_if_live(directory, alone))
-            journal = Journal(directory.events_jsonl)
-            try:
+            snapshot = first_snapshot(info, effective_config, refuse_if_live(directory, alone))
+            with contextlib.ExitStack() as undo:
+                journal = Journal(directory.events_jsonl)
+                undo.callback(journal.close)
                 log = LogSink(directory.log_txt)
+                undo.callback(log.close)
                 write_atomic(directory.config_json, effective_config)
                 os.utime(directory.heartbeat)
                 control.expire(directory.path)
                 write_atomic(directory.run_json, snapshot_to_text(snapshot))
-            except BaseException:
-                journal.close()
-                raise
+                undo.pop_all()
         recorder = cls(directory, snapshot, journal, (log, *sinks))
         if stop is not None:
             recorder._stop = stop
             stop.subscribe(recorder._stop_requested)
-        recorder.emit(_started(snapshot, directory))
+        recorder.emit(started_event(snapshot, directory))
         recorder._thread.start()
         return recorder
 
@@ -292,7 +228,7 @@ class RunRecorder:
             for kind in control.COMMAND_KINDS:
                 self._answer(kind, control.Answer(ok=False, message="run-ended", step=ending.step))
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join(_CONTROL_POLL_S * 4)
+            self._thread.join(_CONTROL_POLL_S * 8)
         self._to_sinks(lambda sink: sink.close())
         self._journal.close()
 
@@ -389,73 +325,6 @@ class RunRecorder:
                 self._sinks = tuple(other for other in self._sinks if other is not sink)
                 message = f"{type(sink).__name__} failed and is off now: {error!r}"
                 self.log(message, level="warning", source="events")
-
-
-def _started(snapshot: RunSnapshot, directory: RunDirectory) -> t.RunStarted:
-    return t.RunStarted(
-        run_id=snapshot.id,
-        session=snapshot.session,
-        version=snapshot.info.version,
-        pid=snapshot.pid or 0,
-        host=snapshot.info.host,
-        argv=snapshot.info.argv,
-        output_dir=str(directory.path),
-        config_path=snapshot.info.config_path,
-    )
-
-
-def _first_snapshot(info: RunInfo, effective_config: str, earlier: RunSnapshot | None) -> RunSnapshot:
-    now = utc_now()
-    started = format_time(now)
-    return RunSnapshot(
-        id=earlier.id if earlier else f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
-        session=earlier.session + 1 if earlier else 1,
-        state="starting",
-        pid=os.getpid(),
-        pid_start=process_start(os.getpid()),
-        created=earlier.created if earlier else started,
-        started=started,
-        updated=started,
-        info=info,
-        config_hash=hashlib.sha256(effective_config.encode("utf-8", "surrogatepass")).hexdigest()[:16],
-    )
-
-
-def _refuse_if_live(directory: RunDirectory, alone: bool) -> RunSnapshot | None:
-    """Return what an earlier session left. Raises RunIsLiveError if a process works there or is just starting."""
-    try:
-        status = read_run(directory.path)
-    except RunNotFoundError:
-        if alone:
-            return None
-        raise RunIsLiveError(Problem(code="E-RUN-STARTING", params={"path": str(directory.path)})) from None
-    if status.is_live or not alone:
-        params = {"path": str(directory.path), "pid": status.snapshot.pid, "host": status.snapshot.info.host}
-        raise RunIsLiveError(Problem(code="E-RUN-LIVE", params=params))
-    return status.snapshot
-
-
-@contextlib.contextmanager
-def _created(*folders: Path) -> Iterator[None]:
-    """Create the folders and their parents; if the block fails, remove again those that were created."""
-    new: list[Path] = []
-    try:
-        for folder in folders:
-            missing = [folder, *folder.parents]
-            missing = missing[: next((i for i, path in enumerate(missing) if path.exists()), len(missing))]
-            for path in reversed(missing):
-                path.mkdir(exist_ok=True)
-                new.append(path)
-            if not folder.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-        yield
-    except BaseException:
-        for path in reversed(new):
-            with contextlib.suppress(OSError):
-                for child in (path / "heartbeat", path / "events.jsonl", path / "log.txt", path / "config.json"):
-                    child.unlink(missing_ok=True)
-                path.rmdir()
-        raise
 
 
 def _crash(error: BaseException) -> Problem:
