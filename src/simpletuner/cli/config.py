@@ -10,7 +10,7 @@ from pathlib import Path
 
 from simpletuner.cli.report import print_problems
 from simpletuner.config.load import LoadedConfig, load_run_config
-from simpletuner.config.search import shown_path
+from simpletuner.config.paths import shown_path
 from simpletuner.i18n import render_problem, text
 from simpletuner.problems import ConfigError, ExitCode, Fix, Problem, Severity, SimpletunerError
 
@@ -53,6 +53,8 @@ def _validate(words: list[str], language: str) -> int:
     if loaded.warnings:
         print()
     print(_summary(loaded, language))
+    if any(problem.code.startswith("E-") for problem in loaded.warnings):
+        print(text("config.refused", language))
     return 0
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpletuner.config.names import closest
-from simpletuner.config.search import EXAMPLES_DIR, example_names, shown_path
+from simpletuner.config.paths import EXAMPLES_DIR, shown_path
+from simpletuner.config.search import example_names
 from simpletuner.events.oserrors import os_errors_as_problems
 from simpletuner.i18n import text
 from simpletuner.problems import ExitCode, Fix, Problem, SimpletunerError

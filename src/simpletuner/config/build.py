@@ -65,12 +65,10 @@ def _problem_of(details: ErrorDetails, settings: Mapping[str, Setting], options:
     elif details["type"] == "multiple_of":
         code = "E-VALUE-MULTIPLE"
         params["step"] = context["multiple_of"]
-    elif name == "validation_resolution":
+    else:
+        assert name == "validation_resolution", f"conversion let a wrong type through: {details}"
         code = "E-VALUE-SIZE"
         params["part"] = str(context.get("error", setting.value))
         size = nearest_size(str(params["part"]))
         fixes = (Fix(key=name, value=size),) if size else ()
-    else:
-        code = "E-VALUE-TYPE"
-        params["expected"] = option.kind
     return Problem(code=code, params=params, origin=setting.origin.place, path=f"/{name}", fixes=fixes)

@@ -14,9 +14,8 @@ from simpletuner.config.dataset_rules import broken_dataset_rules
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset, TextEmbeds, dataset_options
 from simpletuner.config.fields import Option
 from simpletuner.config.json_text import JsonDocument, escape_pointer, parse_json, read_text, repeated_key_warnings
-from simpletuner.config.paths import fill_path
+from simpletuner.config.paths import fill_path, is_file, shown_path
 from simpletuner.config.root import Config
-from simpletuner.config.search import shown_path
 from simpletuner.config.settings import Origin, OriginKind, Setting
 from simpletuner.config.values import show
 from simpletuner.problems import ConfigError, Fix, Problem, Severity
@@ -39,7 +38,7 @@ def load_datasets(config: Config, *, environ: Mapping[str, str], cwd: Path) -> D
     """Read the file that `config` names. Never raises for what the file says: problems come back, all at once."""
     path = Path(config.data.data_backend_config)
     shown = shown_path(path, cwd)
-    if not path.is_file():
+    if not is_file(path):
         problem = Problem(code="E-DATASETS-MISSING", params={"file": shown}, path="/data_backend_config")
         return DatasetsResult(config=None, problems=(problem,))
     try:
@@ -187,6 +186,8 @@ class _Reader:
         written = frozenset(key for key, setting in settings.items() if setting.origin.kind is OriginKind.FILE)
         for problem in () if problems else broken_dataset_rules(built, written=written):
             self._problems.append(self._about(problem, f"{pointer}{problem.path}", name))
+        if built.train_batch_size != self._config.optimizer.train_batch_size:
+            self._warn("W-DATASET-NOT-YET", f"{pointer}/train_batch_size", id=name, key="train_batch_size")
         cache_dir = built.cache_dir_vae or f"{self._config.data.cache_dir}/vae/{{id}}"
         return built.model_copy(
             update={

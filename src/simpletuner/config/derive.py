@@ -9,7 +9,7 @@ from pathlib import Path
 from simpletuner.catalog.families import CUSTOM_FLAVOUR, DEFAULT_FLAVOUR, FLAVOURS, REPOSITORY_SPELLINGS
 from simpletuner.catalog.families import flavour_of_model as flavour_of_known_model
 from simpletuner.catalog.schedules import SCHEDULES
-from simpletuner.config.paths import fill_package, fill_path
+from simpletuner.config.paths import fill_package, fill_path, path_exists
 from simpletuner.config.root import options
 from simpletuner.config.settings import DEFAULT_ORIGIN, Origin, OriginKind, Setting
 from simpletuner.problems import Fix, Problem, Severity
@@ -42,7 +42,7 @@ def _model_location(settings: dict[str, Setting], notices: list[Problem]) -> Non
         if option.opt.holds != "location" or setting is None:
             continue
         written = fill_package(str(setting.value))
-        known = None if Path(written).exists() else REPOSITORY_SPELLINGS.get(written.lower())
+        known = None if path_exists(Path(written)) else REPOSITORY_SPELLINGS.get(written.lower())
         settings[name] = replace(setting, value=known or written)
         if known is not None and known.lower() != written.lower():
             params = {"key": name, "value": written, "used": known}
@@ -106,9 +106,9 @@ def _schedule(settings: dict[str, Setting], notices: list[Problem]) -> None:
 
 
 def _alpha(settings: dict[str, Setting], notices: list[Problem]) -> None:
-    rank = settings.get("lora_rank")
-    value = options()["lora_rank"].default if rank is None else rank.value
-    settings.setdefault("lora_alpha", Setting(key="lora_alpha", value=value, origin=DEFAULT_ORIGIN))
+    rank = settings["lora_rank"].value if "lora_rank" in settings else options()["lora_rank"].default
+    if isinstance(rank, int) and rank > 0:
+        settings.setdefault("lora_alpha", Setting(key="lora_alpha", value=rank, origin=DEFAULT_ORIGIN))
 
 
 def _folders(settings: dict[str, Setting], config_path: Path | None, cwd: Path) -> None:

@@ -11,8 +11,9 @@ from simpletuner.config.argv import parse_extra_arguments
 from simpletuner.config.env import EXTRA_ARGUMENTS, VARIABLES, Variable, parse_env_file, split_words
 from simpletuner.config.json_text import parse_json, read_text, repeated_key_warnings
 from simpletuner.config.names import closest, meaning_of
+from simpletuner.config.paths import shown_path
 from simpletuner.config.root import sections
-from simpletuner.config.search import FoundConfig, shown_path
+from simpletuner.config.search import FoundConfig
 from simpletuner.config.settings import Origin, OriginKind, Setting
 from simpletuner.config.values import show
 from simpletuner.problems import ConfigError, Problem, Severity

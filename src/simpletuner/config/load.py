@@ -15,9 +15,10 @@ from simpletuner.config.datasets_file import load_datasets
 from simpletuner.config.derive import Settings, derive
 from simpletuner.config.files import environment_settings, file_settings
 from simpletuner.config.names import closest_option, meaning_of
+from simpletuner.config.paths import shown_path
 from simpletuner.config.root import Config, options, sections
 from simpletuner.config.rules import broken_rules
-from simpletuner.config.search import FoundConfig, find_config, shown_path
+from simpletuner.config.search import FoundConfig, find_config
 from simpletuner.config.settings import DEFAULT_ORIGIN, Origin, Setting
 from simpletuner.config.values import show
 from simpletuner.problems import ConfigError, Fix, Problem, Severity

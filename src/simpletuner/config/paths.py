@@ -1,18 +1,22 @@
-"""Paths in options: {package}, ~, and what a relative path is relative to."""
+"""Paths in options: {package}, ~, what a relative path is relative to, and how paths are shown."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
-from simpletuner.config.search import EXAMPLES_DIR, EXAMPLES_PREFIX, PACKAGE_DIR
+PACKAGE_DIR = Path(__file__).resolve().parent.parent
+EXAMPLES_DIR = PACKAGE_DIR / "examples"
+EXAMPLES_PREFIX = "config/examples/"
+"""Options may name the files of an example by this prefix."""
 
 PACKAGE_PLACEHOLDER = "{package}"
 
 
 def fill_package(text: str) -> str:
     """Replace {package} by the folder of the installed package."""
-    return text.replace(PACKAGE_PLACEHOLDER, PACKAGE_DIR.as_posix()) if PACKAGE_PLACEHOLDER in text else text
+    return text.replace(PACKAGE_PLACEHOLDER, PACKAGE_DIR.as_posix())
 
 
 def fill_path(text: str, cwd: Path) -> str:
@@ -21,8 +25,41 @@ def fill_path(text: str, cwd: Path) -> str:
     `config/examples/NAME/...` means the packaged example where the working directory has no such file.
     """
     written = fill_package(text)
-    path = Path(os.path.normpath(cwd / Path(written).expanduser()))
-    if written.replace("\\", "/").startswith(EXAMPLES_PREFIX) and not path.exists():
+    path = Path(os.path.normpath(cwd / expand_home(written)))
+    if written.replace("\\", "/").startswith(EXAMPLES_PREFIX) and not path_exists(path):
         packaged = EXAMPLES_DIR / written[len(EXAMPLES_PREFIX) :]
-        return str(packaged if packaged.exists() else path)
+        return str(packaged if path_exists(packaged) else path)
     return str(path)
+
+
+def expand_home(text: str) -> Path:
+    """The path with a leading ~ replaced; as it is where that user has no home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def shown_path(path: Path, cwd: Path) -> str:
+    """A path as messages show it: relative to `cwd` if it lies inside, with forward slashes. A packaged example is
+    shown by the path that stands for it in options."""
+    for folder, prefix in ((cwd, ""), (EXAMPLES_DIR, EXAMPLES_PREFIX)):
+        with contextlib.suppress(ValueError):
+            return prefix + path.relative_to(folder).as_posix()
+    return path.as_posix()
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False for names that the file system cannot have or places it will not show."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def path_exists(path: Path) -> bool:
+    """Whether there is such a file or folder; False for names that the file system cannot have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

@@ -14,6 +14,7 @@ from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSI
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.catalog.schedules import SCHEDULES
+from simpletuner.config.paths import is_file
 from simpletuner.config.root import Config, options
 from simpletuner.config.settings import Origin, OriginKind
 from simpletuner.config.size_rules import GLOBAL_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
@@ -53,7 +54,7 @@ def broken_rules(config: Config, origins: Origins, invalid: frozenset[str]) -> t
         problem = None if invalid & set(known.names) else known.check(config, origins)
         if problem is not None:
             name = problem.path[1:] if problem.path else known.names[0]
-            told = replace(problem, origin=problem.origin or origins[name].place, path=f"/{name}")
+            told = replace(problem, origin=_place((name, *known.names), origins), path=f"/{name}")
             found[known.is_limit and told.severity is Severity.ERROR].append(told)
     return found
 
@@ -206,7 +207,7 @@ def validation_has_a_prompt(c: Config, origins: Origins) -> Problem | None:
 @rule("user_prompt_library", "validation_disable")
 def prompt_library_exists(c: Config, origins: Origins) -> Problem | None:
     library = c.validation.user_prompt_library
-    if c.validation.validation_disable or library is None or Path(library).is_file():
+    if c.validation.validation_disable or library is None or is_file(Path(library)):
         return None
     return Problem(code="E-PATH-FILE", params={"key": "user_prompt_library", "value": library})
 
@@ -217,7 +218,7 @@ def prompt_library_exists(c: Config, origins: Origins) -> Problem | None:
 @rule("init_lora")
 def starting_adapter_exists(c: Config, origins: Origins) -> Problem | None:
     path = c.adapter.init_lora
-    if path is None or Path(path).is_file():
+    if path is None or is_file(Path(path)):
         return None
     return Problem(code="E-PATH-FILE", params={"key": "init_lora", "value": path})
 
@@ -313,10 +314,18 @@ def uploads_are_not_there_yet(c: Config, origins: Origins) -> Problem | None:
     return _unused("push_to_hub", "true") if c.publish.push_to_hub else None
 
 
+def _place(names: tuple[str, ...], origins: Origins) -> str | None:
+    """Where the first of `names` that somebody set was set."""
+    return next((origins[name].place for name in names if _was_set(name, origins)), None)
+
+
+def _was_set(name: str, origins: Origins) -> bool:
+    return origins[name].kind not in (OriginKind.DEFAULT, OriginKind.FLAVOUR)
+
+
 def _was_changed(c: Config, name: str, origins: Origins) -> bool:
     """Whether somebody gave the option a value that is not its default anyway."""
-    is_given = origins[name].kind not in (OriginKind.DEFAULT, OriginKind.FLAVOUR)
-    return is_given and c.option(name) != options()[name].default
+    return _was_set(name, origins) and c.option(name) != options()[name].default
 
 
 def _fix(name: str, value: float) -> Fix:

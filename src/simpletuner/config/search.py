@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,8 @@ from pathlib import Path
 from simpletuner.config.argv import CommandLine
 from simpletuner.config.env import BACKEND_NAMES, CONFIG_PATH_NAME, ENVIRONMENT_NAMES, first_set
 from simpletuner.config.names import closest
+from simpletuner.config.paths import EXAMPLES_DIR, expand_home, is_file, shown_path
 from simpletuner.problems import ConfigError, Fix, Problem
-
-PACKAGE_DIR = Path(__file__).resolve().parent.parent
-EXAMPLES_DIR = PACKAGE_DIR / "examples"
-EXAMPLES_PREFIX = "config/examples/"
-"""Options may name the files of an example by this prefix."""
 
 SUFFIXES = (".json", ".toml", ".env")
 _BACKENDS = {"json": (".json",), "toml": (".toml",), "env": (".env",), "cmd": ()}
@@ -51,22 +46,13 @@ def find_config(line: CommandLine, *, environ: Mapping[str, str], cwd: Path, nee
         name, source = named
         return _pick(tuple(_candidates_of_name(name, cwd, suffixes)), name=name, source=source)
     places = tuple(folder / f"config{suffix}" for folder in (cwd, cwd / "config") for suffix in suffixes)
-    found = next((place for place in places if place.is_file()), None)
+    found = next((place for place in places if is_file(place)), None)
     if found is None and needed and places:
         searched = ", ".join(shown_path(place, cwd) for place in places) or "-"
         raise ConfigError(Problem(code="E-CONFIG-NONE", params={"searched": searched}))
-    unread = tuple(p for p in places if found is not None and p != found and p.parent == found.parent and p.is_file())
+    unread = tuple(p for p in places if found is not None and p != found and p.parent == found.parent and is_file(p))
     upto = places if found is None else places[: places.index(found) + 1]
     return FoundConfig(path=found, searched=upto, unread=unread)
-
-
-def shown_path(path: Path, cwd: Path) -> str:
-    """A path as messages show it: relative to `cwd` if it lies inside, with forward slashes. A packaged example is
-    shown by the path that stands for it in options."""
-    for folder, prefix in ((cwd, ""), (EXAMPLES_DIR, EXAMPLES_PREFIX)):
-        with contextlib.suppress(ValueError):
-            return prefix + path.relative_to(folder).as_posix()
-    return path.as_posix()
 
 
 def _suffixes(line: CommandLine, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -95,7 +81,7 @@ def _named(line: CommandLine, environ: Mapping[str, str]) -> tuple[str, str | No
 
 
 def _candidates_of_name(name: str, cwd: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    path = cwd / Path(name).expanduser()
+    path = cwd / expand_home(name)
     if path.suffix in SUFFIXES:
         yield path
         yield cwd / "config" / name
@@ -103,7 +89,7 @@ def _candidates_of_name(name: str, cwd: Path, suffixes: tuple[str, ...]) -> Iter
     for suffix in suffixes:
         yield path / f"config{suffix}"
     for suffix in suffixes:
-        yield path.with_name(path.name + suffix)
+        yield Path(f"{path}{suffix}")
     for suffix in suffixes:
         yield cwd / "config" / name / f"config{suffix}"
     if ".json" in suffixes:
@@ -111,19 +97,12 @@ def _candidates_of_name(name: str, cwd: Path, suffixes: tuple[str, ...]) -> Iter
 
 
 def _pick(places: tuple[Path, ...], *, name: str, source: str | None) -> FoundConfig:
-    found = next((place for place in places if _is_file(place)), None)
+    found = next((place for place in places if is_file(place)), None)
     if found is None:
         searched = ", ".join(place.as_posix() for place in places) or "-"
         raise ConfigError(Problem(code="E-CONFIG-NAMED", params={"name": name, "searched": searched}, origin=source))
     example = found.parent.name if found.parent.parent == EXAMPLES_DIR else None
     return FoundConfig(path=found, searched=places[: places.index(found) + 1], example=example)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that the file system cannot have
-        return False
 
 
 def _find_example(name: str) -> FoundConfig:
