@@ -15,7 +15,8 @@ import pytest
 
 from simpletuner.data import discovery
 from simpletuner.data.discovery import Scan, Unreadable, list_images, scan
-from simpletuner.data.image_index import open_index
+from simpletuner.data.image_index import Known, open_index
+from simpletuner.problems import SimpletunerError
 
 SaveImage = Callable[..., Path]
 
@@ -213,3 +214,15 @@ def test_two_thousand_images_in_two_seconds_of_processor_time(
         print(f"\n2000 JPEGs: {seconds[0]:.2f} CPU-s cold, {seconds[1]:.2f} CPU-s warm")
     assert seconds[0] < 2.0
     assert seconds[1] < 0.5
+
+
+def test_a_full_disk_under_the_index_is_one_problem(
+    tmp_path: Path, told: Callable[[SimpletunerError], list[str]]
+) -> None:
+    known = {f"{n}.png": Known(size_bytes=1, mtime_ns=1, size=(1, 1), content_id="0" * 32) for n in range(2000)}
+    with open_index(tmp_path) as index:
+        index._connection.execute("PRAGMA max_page_count = 5")
+        with pytest.raises(SimpletunerError) as caught:
+            index.save(tmp_path, known, read_at_ns=time.time_ns())
+        assert told(caught.value) == ["E-CACHE-DISK-FULL"]
+        assert index.known(tmp_path) == {}
