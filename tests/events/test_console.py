@@ -22,7 +22,7 @@ from simpletuner.events.journal import Record, record_to_json
 from simpletuner.events.run_status import read_run
 from simpletuner.events.text import Narrator, format_line, problem_lines
 from simpletuner.i18n import catalog
-from simpletuner.problems import Problem, Severity
+from simpletuner.problems import Fix, Problem, Severity
 
 PLAIN = {
     "en": """\
@@ -38,8 +38,8 @@ INFO      plan       40 steps (1 epoch) · validation every 20 · checkpoint eve
 INFO      output     /out/cat
 WARNING seed = 42 instead of -1: why not
 WARNING E-READ-ONLY  a.json:3
-WARNING     /mnt/x is on a read-only disk.
-WARNING     Choose an output_dir on a disk that can be written.
+WARNING   /mnt/x is on a read-only disk.
+WARNING   Choose an output_dir on a disk that can be written.
 INFO    LoRA rank 16, alpha 16: 1.23 M parameters in 210 modules (to_q, to_k)
 INFO    latents: 24/24 images, 55 s
 INFO    validation of the base model: 2 images in 2.0 s · validation_images/sheet.png
@@ -66,8 +66,8 @@ INFO      plan         40 pasos (1 época) · validación cada 20 · checkpoint 
 INFO      salida       /out/cat
 WARNING seed = 42 en lugar de -1: why not
 WARNING E-READ-ONLY  a.json:3
-WARNING     /mnt/x está en un disco de solo lectura.
-WARNING     Elige un output_dir en un disco en el que se pueda escribir.
+WARNING   /mnt/x está en un disco de solo lectura.
+WARNING   Elige un output_dir en un disco en el que se pueda escribir.
 INFO    LoRA rango 16, alfa 16: 1,23 M parámetros en 210 módulos (to_q, to_k)
 INFO    latentes: 24/24 imágenes, 55 s
 INFO    validación del modelo base: 2 imágenes en 2,0 s · validation_images/sheet.png
@@ -155,16 +155,18 @@ def test_json_lines_are_the_journal(story):
 
 
 @pytest.mark.parametrize(
-    ("language", "exit_code", "said"),
+    ("language", "exit_code", "step", "said"),
     [
-        ("en", 75, "Stopped at step 3; everything is saved. The same command goes on from here."),
-        ("es", 75, "Detenido en el paso 3; todo está guardado. La misma orden sigue desde aquí."),
-        ("en", 130, "Stopped at step 3 without saving. The same command goes on from the last checkpoint."),
-        ("es", 130, "Detenido en el paso 3 sin guardar. La misma orden sigue desde el último checkpoint."),
+        ("en", 75, 3, "Stopped at step 3; everything is saved. The same command goes on from here."),
+        ("es", 75, 3, "Detenido en el paso 3; todo está guardado. La misma orden sigue desde aquí."),
+        ("en", 130, 3, "Stopped at step 3 without saving. The same command goes on from the last checkpoint."),
+        ("es", 130, 3, "Detenido en el paso 3 sin guardar. La misma orden sigue desde el último checkpoint."),
+        ("en", 130, 0, "Stopped before the first step. What was cached stays for the next start."),
+        ("es", 130, 0, "Detenido antes del primer paso. Lo que está en caché queda para el próximo arranque."),
     ],
 )
-def test_a_stopped_run_says_how_to_go_on_and_has_no_result(story, language, exit_code, said):
-    ending = t.RunFinished(state="stopped", exit_code=exit_code, step=3)
+def test_a_stopped_run_says_how_to_go_on_and_has_no_result(story, language, exit_code, step, said):
+    ending = t.RunFinished(state="stopped", exit_code=exit_code, step=step)
     out, err = show([*story[:1], replace(story[-1], event=ending)], "plain", language)
     assert err.splitlines()[-1][29:] == said
     assert out == ""
@@ -205,6 +207,18 @@ def test_a_crash_has_a_sentence(language):
     problem = Problem(code="E-CRASH", params={"kind": "KeyError", "message": "'x'"})
     title = {"en": "An unexpected error ended the run", "es": "Un error inesperado terminó la ejecución"}[language]
     assert problem_lines(problem, language)[1] == f"{title}: KeyError: 'x'"
+
+
+def test_targets_are_shown_by_their_last_names(story):
+    targets = ("layers.*.attention.to_q", "layers.*.attention.to_out.0", "context_refiner.*.attention.to_q", "w1")
+    event = t.AdapterCreated(num_params=1, num_modules=4, rank=1, alpha=1.0, targets=targets)
+    assert Narrator("en").tell(replace(story[0], event=event))[0].text.endswith("(to_q, to_out.0, w1)")
+
+
+def test_a_problem_offers_its_fixes():
+    fixes = (Fix(key="lora_rank", value=16), Fix(key="simpletuner", value="train --resume none"))
+    lines = problem_lines(Problem(code="E-READ-ONLY", params={"path": "x"}, fixes=fixes), "es")
+    assert lines[-2:] == ["arreglo: lora_rank=16", "arreglo: simpletuner train --resume none"]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_no_row_is_wider_than_the_terminal(width, language, glyphs, validating, 
     rows.append(layout.phase_row(replace(PHASE, total=None), 55.0, width, language, glyphs))
     rows += layout.finished_rows([replace(PHASE, elapsed_s=2.0, finished=True)] * 7, width, language, glyphs)
     if validating:
-        rows.append(layout.validation_row(view, width, language, glyphs))
+        rows.append(layout.validation_row(view, 5.0, width, language, glyphs))
     assert all(layout.row_width(row) <= width for row in rows)
 
 

@@ -90,12 +90,15 @@ def phase_row(phase: t.RunPhase, elapsed_s: float, width: int, language: str, gl
     return _fitting([(f"{spinner} ", "accent"), (label, "label")], figures, width)
 
 
-def validation_row(view: RunView, width: int, language: str, glyphs: Glyphs) -> Row:
+def validation_row(view: RunView, elapsed_s: float, width: int, language: str, glyphs: Glyphs) -> Row:
     """One row for images that are made while no training is under way."""
     assert view.validation is not None
     total = view.validation.num_images
     label = phase_label("validation", language)
-    figures = [f"{view.validation_done}/{total} {text('console.unit.images', language)}"]
+    figures = [
+        f"{view.validation_done}/{total} {text('console.unit.images', language)}",
+        formats.duration(elapsed_s, language),
+    ]
     return _with_bar([(f"{_INDENT}{label}", "label")], view.validation_done / max(1, total), figures, width, glyphs)
 
 

@@ -56,6 +56,7 @@ class LiveConsole:
         self._glyphs = layout.UNICODE if can_draw else layout.ASCII
         self._finished: list[t.RunPhase] = []
         self._phase_begin: dict[str, float] = {}
+        self._validation_begin = 0.0
         self._console: Console = Console(file=err, force_terminal=True, highlight=False, soft_wrap=True)
         self._live: Live = Live(
             console=self._console,
@@ -73,6 +74,8 @@ class LiveConsole:
             self._live.start()
         if isinstance(event, t.RunPhase):
             self._note_phase(event)
+        if isinstance(event, t.ValidationStarted):
+            self._validation_begin = time.monotonic()
         lines = self._narrator.tell(record)
         if isinstance(event, (t.StepFinished, t.ValidationFinished, t.RunFinished)):
             self._print_finished_phases()
@@ -132,7 +135,8 @@ class LiveConsole:
         if self._view.step is not None:
             rows += layout.training_rows(self._view, width, language, glyphs)
         elif self._view.validation is not None:
-            rows.append(layout.validation_row(self._view, width, language, glyphs))
+            elapsed_s = time.monotonic() - self._validation_begin
+            rows.append(layout.validation_row(self._view, elapsed_s, width, language, glyphs))
         return Group(*(_text(row) for row in rows))
 
 

@@ -4,6 +4,7 @@ prints those above its progress bars. Option names, codes and `key=value` lines 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from simpletuner.events.eta import round_remaining
 from simpletuner.events.journal import Record
 from simpletuner.events.view import RunView
 from simpletuner.i18n import catalog, render_problem, text
-from simpletuner.problems import ExitCode, Problem, Severity
+from simpletuner.problems import ExitCode, Fix, Problem, Severity
 
 STEPS_PER_LINE = 10
 SECONDS_PER_LINE = 30.0
@@ -162,7 +163,7 @@ class Narrator:
     def _(self, event: t.ProblemReported) -> list[Line]:
         level, icon = _SEVERITIES[event.problem.severity]
         first, *rest = problem_lines(event.problem, self._language)
-        return [Line(text=first, level=level, icon=icon), *(Line(text=f"    {line}", level=level) for line in rest)]
+        return [Line(text=first, level=level, icon=icon), *(Line(text=f"  {line}", level=level) for line in rest)]
 
     @_lines.register
     def _(self, event: t.LogLine) -> list[Line]:
@@ -189,7 +190,7 @@ class Narrator:
             "alpha": f"{event.alpha:g}",
             "params": formats.parameters(event.num_params, self._language),
             "modules": event.num_modules,
-            "targets": ", ".join(event.targets),
+            "targets": ", ".join(dict.fromkeys(_last_name(target) for target in event.targets)),
         }
         return [Line(text=text("console.adapter", self._language, **values))]
 
@@ -249,7 +250,19 @@ def problem_lines(problem: Problem, language: str) -> list[str]:
     if title == f"problem.{problem.code}.title":  # of a newer version: no text here
         title = ", ".join(f"{key}={value}" for key, value in problem.params.items()) or problem.code
     head = "  ".join([problem.code, *([problem.origin] if problem.origin else [])])
-    return [head, *title.split("\n"), *(hint.split("\n") if hint else [])]
+    fixes = [text("console.fix", language, fix=_fix_text(fix)) for fix in problem.fixes]
+    return [head, *title.split("\n"), *(hint.split("\n") if hint else []), *fixes]
+
+
+def _fix_text(fix: Fix) -> str:
+    value = fix.value if isinstance(fix.value, str) else json.dumps(fix.value, ensure_ascii=False, default=str)
+    return f"{fix.key} {value}" if fix.key.startswith(("--", "simpletuner")) else f"{fix.key}={value}"
+
+
+def _last_name(target: str) -> str:
+    """ "to_q" of "layers.*.attention.to_q", "to_out.0" of "layers.*.attention.to_out.0"."""
+    *_, before, last = ["", *target.split(".")]
+    return f"{before}.{last}" if last.isdigit() and before else last
 
 
 def phase_label(key: str, language: str) -> str:
@@ -334,6 +347,5 @@ def _ending(event: t.RunFinished, language: str) -> Line:
     if event.state == "failed":
         return Line(text=text("console.failed", language, **values), level="error", icon="error")
     saved = event.exit_code == ExitCode.STOPPED
-    return Line(
-        text=text("console.stopped.saved" if saved else "console.stopped.left", language, **values), icon="stop"
-    )
+    how = "saved" if saved else "left" if event.step else "early"
+    return Line(text=text(f"console.stopped.{how}", language, **values), icon="stop")
