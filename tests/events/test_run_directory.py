@@ -290,13 +290,19 @@ def test_a_file_in_the_way_is_named_and_nothing_is_left(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="permissions do not bind this user")
-def test_a_folder_without_permission_is_named(tmp_path):
+def test_a_folder_without_permission_is_named_and_untouched(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(FileSystemError) as caught:
-        start(tmp_path / "run")
-    tmp_path.chmod(0o700)
-    assert caught.value.problems[0].code == "E-NO-PERMISSION"
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("permissions do not bind this user")
+        for path in (tmp_path, tmp_path / "run"):
+            with pytest.raises(FileSystemError) as caught:
+                start(path)
+            assert caught.value.problems[0].code == "E-NO-PERMISSION"
+            assert caught.value.problems[0].params["path"] == str(path)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        tmp_path.chmod(0o700)
 
 
 def test_a_start_that_fails_removes_what_it_created(tmp_path):

@@ -40,7 +40,7 @@ class Glyphs:
 UNICODE = Glyphs(
     full="━",
     half="╸",
-    rest="━",
+    rest="─",
     spinner="⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏",
     icons={"ok": "✓", "warning": "⚠", "error": "✗", "saved": "◆", "images": "▲", "stop": "■", "": " "},
 )
