@@ -29,6 +29,12 @@ def test_a_default_is_valid(name):
     assert getattr(model.model_validate({name: options()[name].default}), name) == options()[name].default
 
 
+@pytest.mark.parametrize("name", [name for name, option in options().items() if option.choices])
+def test_a_section_refuses_what_is_no_choice(name):
+    with pytest.raises(ValueError, match=name):
+        sections()[options()[name].section].model_validate({name: "zzz"})
+
+
 def test_help_is_a_sentence_in_both_languages():
     for option in (*options().values(), *dataset_options("image").values(), *dataset_options("text_embeds").values()):
         for language in FILES:

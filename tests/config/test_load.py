@@ -57,6 +57,12 @@ def test_the_last_of_two_equal_flags_wins(project):
     assert project.load("--lora_rank=4", "lora_rank=8").config.adapter.lora_rank == 8
 
 
+@pytest.mark.parametrize("flag", [(), ("--num_train_epochs=3",)])
+def test_of_two_lengths_the_one_from_the_stronger_source_counts(with_config, flag):
+    run = with_config(num_train_epochs=2).load(*flag, environ={"MAX_NUM_STEPS": "10"}).config.run
+    assert (run.max_train_steps, run.num_train_epochs) == ((0, 3) if flag else (10, 0))
+
+
 def test_a_value_that_is_overridden_need_not_be_valid(with_config):
     assert with_config(lora_rank="many").load("--lora_rank=8").config.adapter.lora_rank == 8
 
@@ -411,6 +417,10 @@ def test_all_problems_come_at_once(project):
     assert "E-DATASET-KEY" in codes
 
 
+def test_a_wrong_value_is_told_once_and_not_through_rules_about_its_default(project):
+    assert project.codes("--max_train_steps=ten", "--num_train_epochs=0", "--validation_disable") == ["E-VALUE-INTEGER"]
+
+
 def test_the_effective_configuration_loads_as_itself(with_config):
     project = with_config(lora_rank=4, model_flavour="base", validation_prompt="p", instance_prompt="x, y")
     first = project.load("--report_to=wandb", "--peft_lora_target_modules=a,b", "--debug")
@@ -418,7 +428,9 @@ def test_the_effective_configuration_loads_as_itself(with_config):
     again = project.load("effective.json")
     assert again.config == first.config
     assert again.datasets == first.datasets
-    assert json.loads(effective_json(first))["__origins__"]["lora_rank"] == "config/config.json:3"
+    saved = json.loads(effective_json(first))
+    assert saved["__origins__"]["lora_rank"] == "config/config.json:3"
+    assert saved.keys() == options().keys() | {"__origins__", "__datasets__"}
 
 
 def test_a_configuration_cannot_be_changed(project):

@@ -99,7 +99,7 @@ DATASETS = {
     "E-DATASET-STORAGE": ([{**BASIC, "type": "aws"}], ["a", "aws"]),
     "E-DATASET-KIND": ([{**BASIC, "dataset_type": "video"}], ["a", "video"]),
     "E-DATASET-NOT-YET": ([{**BASIC, "caption_shuffle": {"enable": True}}], ["a", "caption_shuffle"]),
-    "W-DATASET-NOT-YET": ([{**BASIC, "train_batch_size": 2}], ["a", "train_batch_size"]),
+    "W-DATASET-NOT-YET": ([{**BASIC, "compress_cache": True}], ["a", "compress_cache"]),
     "E-DATASET-KEY": ([{**BASIC, "repeat": 2}], ["a", "repeat", "repeats"]),
     "E-DATASET-KEY-UNKNOWN": ([{**BASIC, "zzz": 2}], ["a", "zzz"]),
     "E-DATASETS-DEFAULT-TWICE": (

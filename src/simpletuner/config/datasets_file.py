@@ -186,8 +186,6 @@ class _Reader:
         written = frozenset(key for key, setting in settings.items() if setting.origin.kind is OriginKind.FILE)
         for problem in () if problems else broken_dataset_rules(built, written=written):
             self._problems.append(self._about(problem, f"{pointer}{problem.path}", name))
-        if built.train_batch_size != self._config.optimizer.train_batch_size:
-            self._warn("W-DATASET-NOT-YET", f"{pointer}/train_batch_size", id=name, key="train_batch_size")
         cache_dir = built.cache_dir_vae or f"{self._config.data.cache_dir}/vae/{{id}}"
         return built.model_copy(
             update={
