@@ -53,7 +53,6 @@ OPTIONS = {
     "E-SIZE-PIXELS": ({"resolution": 1.0}, ["resolution = 1 ", "pixel_area", "area"]),
     "E-SIZE-MAXIMUM-LOW": ({"maximum_image_size": 256, "target_downsample_size": 256}, ["256", "1024"]),
     "W-LEARNING-RATE-HIGH": ({"learning_rate": 0.5}, ["learning_rate = 0.5", "0.01"]),
-    "W-WARMUP-LONG": ({"lr_warmup_steps": 50, "max_train_steps": 50}, ["lr_warmup_steps = 50"]),
     "W-SCHEDULE-UNREAD": ({"lr_scheduler": "cosine", "lr_power": 2}, ["cosine", "lr_power"]),
     "W-FLAVOUR-REPOSITORY": (
         {"model_flavour": "base", "pretrained_model_name_or_path": "Tongyi-MAI/Z-Image-Turbo"},

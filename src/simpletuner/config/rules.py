@@ -92,14 +92,6 @@ def learning_rate_is_plausible(c: Config, origins: Origins) -> Problem | None:
     return Problem(code="W-LEARNING-RATE-HIGH", severity=_WARNING, params=params, fixes=(_fix("learning_rate", 1e-4),))
 
 
-@rule("lr_warmup_steps", "max_train_steps")
-def warmup_ends_before_the_run(c: Config, origins: Origins) -> Problem | None:
-    warmup, steps = c.optimizer.lr_warmup_steps, c.run.max_train_steps
-    if not steps or warmup < steps:
-        return None
-    return Problem(code="W-WARMUP-LONG", severity=_WARNING, params={"warmup": warmup, "steps": steps})
-
-
 @rule("lr_warmup_steps", "lr_end", "lr_num_cycles", "lr_power", "lr_scheduler")
 def schedule_reads_what_is_set(c: Config, origins: Origins) -> Problem | None:
     schedule = SCHEDULES[c.optimizer.lr_scheduler]
