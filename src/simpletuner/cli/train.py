@@ -13,6 +13,7 @@ from simpletuner import __version__
 from simpletuner.cli.help import print_train_help
 from simpletuner.config.effective import effective_json
 from simpletuner.config.load import LoadedConfig, load_run_config
+from simpletuner.config.paths import shown_path
 from simpletuner.events.console import choose_format, console_sink
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.run_status import RunInfo
@@ -32,7 +33,7 @@ def run(argv: Sequence[str], language: str) -> int:
     info = RunInfo(
         version=__version__,
         argv=("simpletuner", "train", *argv),
-        config_path=str(loaded.config_path) if loaded.config_path else None,
+        config_path=shown_path(loaded.config_path, Path.cwd()) if loaded.config_path else None,
         versions={name: version(name) for name in _LIBRARIES},
     )
     stop = StopRequest()

@@ -1,0 +1,70 @@
+"""The demo as a newcomer runs it: it learns its subject, keeps the rest, and its file works elsewhere."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simpletuner.models.z_image.sampler import draw_noise
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One run of the packaged example, as `./train.sh --example demo` starts it."""
+    import tests.e2e.conftest as shared
+
+    project = shared.Project(tmp_path_factory.mktemp("demo"))
+    done = project.run("train", "--example", "demo", "--output_dir", "output", timeout_s=600)
+    assert done.returncode == 0, done.stderr
+    return project
+
+
+def entries(project):
+    index = project.output / "validation_images" / "validation.jsonl"
+    return [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
+
+
+def picture(project, entry):
+    return Image.open(project.output / "validation_images" / entry["file"]).convert("RGB")
+
+
+def test_the_file_gives_our_image_in_diffusers(demo):
+    """The last validation image, drawn again by ZImagePipeline from the same noise with the saved LoRA."""
+    from diffusers import ZImagePipeline
+    from diffusers.utils import logging
+
+    import simpletuner
+
+    base = f"{simpletuner.__path__[0]}/assets/demo_base"
+    pipeline = ZImagePipeline.from_pretrained(base, dtype=torch.float32)
+    logging.set_verbosity_error()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(demo.output), weight_name="pytorch_lora_weights.safetensors")
+    last = max(entry["step"] for entry in entries(demo))
+    entry = next(entry for entry in entries(demo) if entry["step"] == last)
+    pipeline.scheduler.register_to_config(shift=entry["shift"])
+    drawn = pipeline(
+        prompt=entry["prompt"],
+        negative_prompt=entry["negative_prompt"],
+        width=entry["width_px"],
+        height=entry["height_px"],
+        num_inference_steps=entry["num_inference_steps"],
+        guidance_scale=entry["guidance"],
+        latents=draw_noise((entry["width_px"], entry["height_px"]), entry["seed"])[None],
+        output_type="pil",
+    ).images[0]
+    difference = np.abs(np.asarray(drawn, dtype=np.int16) - np.asarray(picture(demo, entry), dtype=np.int16))
+    assert difference.max() <= 2
+
+
+def test_the_run_directory_is_complete(demo):
+    names = {path.name for path in demo.output.iterdir()}
+    assert {"run.json", "config.json", "events.jsonl", "log.txt", "pytorch_lora_weights.safetensors"} <= names
+    assert (demo.output / "validation_images" / "contact_sheet.png").is_file()
+    assert json.loads((demo.output / "run.json").read_text())["state"] == "done"
