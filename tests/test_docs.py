@@ -1,0 +1,296 @@
+"""The guides say what is true of the program: their links, commands, options, configurations and messages are checked.
+
+A fenced block says after its language what it is: `json config` is a configuration, `json datasets` a list of datasets,
+`json prompts` a prompt library, `json event` a line of the journal; `text` blocks are output. The two languages of a
+guide have the same outline, commands and configurations.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from simpletuner.catalog.optimizers import OPTIMIZERS
+from simpletuner.cli import runs
+from simpletuner.cli.help import explain
+from simpletuner.cli.main import COMMANDS
+from simpletuner.config.argv import parse_arguments
+from simpletuner.config.datasets import dataset_options
+from simpletuner.config.load import load_run_config
+from simpletuner.config.names import meaning_of
+from simpletuner.config.root import options
+from simpletuner.config.search import example_names
+from simpletuner.events import types as event_types
+from simpletuner.i18n import catalog
+from simpletuner.problems import ConfigError, ExitCode
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+GUIDES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("INSTALL.md", "TUTORIAL.md", "RUNS.md", "README.md"))]
+GUIDES = [*GUIDES, ROOT / "docs" / "quickstart" / "ZIMAGE.md"]
+TRANSLATIONS = [page.with_suffix(".es.md") for page in GUIDES]
+WRITTEN = [*GUIDES, *TRANSLATIONS]
+
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"`([^`\n]+)`")
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^(#{1,6}) +(.+?)\s*$", re.MULTILINE)
+_NAME = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A fenced block: `info` is what follows the fence, `body` its lines without the fence's indent."""
+
+    info: str
+    body: str
+
+
+@cache
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page: Path) -> list[Block]:
+    return [
+        Block(info=found["info"].strip(), body=re.sub(rf"^{found['indent']}", "", found["body"], flags=re.MULTILINE))
+        for found in _FENCE.finditer(read(page))
+    ]
+
+
+def prose(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return _FENCE.sub("", read(page))
+
+
+def shell_lines(page: Path) -> list[str]:
+    """The commands of the page's bash and PowerShell blocks, without comments."""
+    bodies = (block.body for block in blocks(page) if block.info in ("bash", "powershell"))
+    lines = (line.split(" #")[0].strip() for body in bodies for line in body.replace("\\\n", " ").split("\n"))
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def our_commands(page: Path) -> list[list[str]]:
+    """The words after `simpletuner` of every command line in blocks and in the text, `./train.sh` included."""
+    found = []
+    for line in [*shell_lines(page), *_INLINE.findall(prose(page))]:
+        words = shlex.split(line) if line.startswith(("simpletuner ", "./train.sh")) or " ./train.sh" in line else []
+        words = words[next((i for i, word in enumerate(words) if "=" not in word), 0) :]
+        if words and words[0] in ("simpletuner", "./train.sh"):
+            found.append(["train", *words[1:]] if words[0] == "./train.sh" else words[1:])
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the page's headings, and those that the page sets itself."""
+    taken: dict[str, int] = dict.fromkeys(re.findall(r'<a id="([^"]+)">', read(page)), 1)
+    for _, heading in _HEADING.findall(prose(page)):
+        text = _LINK.sub(lambda link: link[0].split("]")[0].lstrip("!["), heading)
+        slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        count = taken.get(slug, 0)
+        taken[slug] = count + 1
+        if count:
+            taken[f"{slug}-{count}"] = 1
+    return set(taken)
+
+
+def shown(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=shown)
+each_written = pytest.mark.parametrize("page", WRITTEN, ids=shown)
+each_pair = pytest.mark.parametrize(("english", "spanish"), list(zip(GUIDES, TRANSLATIONS, strict=True)), ids=shown)
+
+
+@each_page
+def test_every_relative_link_leads_somewhere(page: Path):
+    broken = []
+    for target in _LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        place = (page.parent / path).resolve() if path else page
+        if not place.exists() or (anchor and anchor not in anchors(place)):
+            broken.append(target)
+    assert not broken
+
+
+@each_written
+def test_commands_are_understood(page: Path, tmp_path: Path):
+    for words in our_commands(page):
+        check_command(words)
+
+
+def check_command(words: list[str]) -> None:
+    command, *rest = [word for word in words if word != "--debug"]
+    if command in ("--help", "--version"):
+        return
+    if "--lang" in rest:
+        at = rest.index("--lang")
+        assert rest[at + 1] in ("en", "es")
+        rest = rest[:at] + rest[at + 2 :]
+    assert command in COMMANDS, words
+    if command == "runs" and rest:
+        action, *rest = rest
+        assert action in runs.COMMANDS, words
+        runs._parse(action, rest)
+    elif command == "examples" and rest:
+        assert rest[0] in ("list", "copy"), words
+        assert rest[1:2] == [] or rest[1] in example_names(), words
+        assert rest[2:3] in ([], ["--dest"]), words
+    elif command == "config" and rest[:1] == ["explain"]:
+        assert all(explain(word, "en") for word in rest[1:]), words
+    elif rest and rest != ["--help"]:
+        check_options(rest if command == "train" else check_config_action(rest))
+
+
+def check_config_action(words: list[str]) -> list[str]:
+    """The words that mean options, after those that `simpletuner config ACTION` takes for itself."""
+    action, *rest = words
+    assert action in ("validate", "show", "schema"), words
+    own = {"--json"} if action == "validate" else {"--json", "--origin", "--changed"}
+    return [word for word in rest if word not in own]
+
+
+def check_options(words: list[str]) -> None:
+    if "--log-format" in words:
+        at = words.index("--log-format")
+        assert words[at + 1] in ("auto", "rich", "plain", "json")
+        words = words[:at] + words[at + 2 :]
+    line = parse_arguments(words)
+    assert not line.problems, words
+    assert line.example is None or line.example in example_names(), words
+    unknown = [setting.key for setting in line.settings if meaning_of(setting.key).what != "option"]
+    assert not unknown, words
+
+
+@each_written
+def test_configurations_are_free_of_errors(page: Path, tmp_path: Path):
+    for block in blocks(page):
+        if block.info == "json config":
+            check_configuration(block.body, '[{"id": "a", "instance_data_dir": "images"}]', tmp_path)
+        elif block.info == "json datasets":
+            check_configuration(
+                '{"output_dir": "out", "max_train_steps": 1, "validation_disable": true}', block.body, tmp_path
+            )
+        elif block.info == "json prompts":
+            prompts = json.loads(block.body)
+            assert prompts and all(isinstance(prompt, str) and prompt for prompt in prompts.values())
+        elif block.info == "json event":
+            event = event_types.from_json(json.loads(block.body))
+            assert not isinstance(event, event_types.UnknownEvent)
+        else:
+            assert not block.info.startswith(("json", "toml")), f"say what this block is: {block.body[:60]}"
+
+
+def check_configuration(config: str, datasets: str, folder: Path) -> None:
+    """Warnings are mistakes here too: nobody should start from a configuration that is warned of."""
+    library = json.loads(config).get("user_prompt_library")
+    if library:
+        (folder / library).parent.mkdir(parents=True, exist_ok=True)
+        (folder / library).write_text('{"a": "b"}', encoding="utf-8")
+    if "validation_prompt" not in json.loads(config):
+        config = json.dumps({**json.loads(config), "validation_disable": True})
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    (folder / "multidatabackend.json").write_text(datasets, encoding="utf-8")
+    try:
+        loaded = load_run_config([], environ={}, cwd=folder)
+    except ConfigError as error:
+        pytest.fail(f"{error}\n{config}\n{datasets}")
+    assert not loaded.warnings, config
+
+
+@each_written
+def test_names_in_the_text_are_options_or_keys(page: Path):
+    """A name with underscores in backquotes is an option, a key of a dataset, or one of the few others."""
+    others = {"lora_rnk", "validation_images", "demo_dataset", "guidance_scale", "by_model"}
+    known = {*options(), *dataset_options("image"), *dataset_options("text_embeds"), *OPTIMIZERS, *others}
+    aliases = {alias for option in options().values() for alias in option.opt.aliases}
+    names = {word for word in _INLINE.findall(prose(page)) if _NAME.fullmatch(word)}
+    assert names <= known | aliases
+
+
+@each_written
+def test_messages_are_the_programs(page: Path):
+    """Every message that is quoted with its code has the words of the catalog of the page's language."""
+    texts = catalog("es" if page.name.endswith(".es.md") else "en")
+    for block in blocks(page):
+        lines = block.body.split("\n") if block.info == "text" else []
+        for line, after in pairwise(lines):
+            mark = re.match(r"(?:[✗⚠·]|\S+Z (?:ERROR|WARNING|INFO))\s+([EWI]-[A-Z-]+)", line)
+            if mark:
+                title = texts[f"problem.{mark[1]}.title"]
+                words = re.sub(r"^\S+Z (?:ERROR|WARNING|INFO)", "", after).strip()
+                assert as_pattern(title).fullmatch(words), f"{words!r} is not {title!r}"
+
+
+def as_pattern(template: str) -> re.Pattern[str]:
+    """What `template` can become once its braces are filled; a long message may be cut with an ellipsis."""
+    literal = re.split(r"\{[a-z_]+\}", template.replace("{{", "\0").replace("}}", "\1"))
+    parts = (re.escape(part.replace("\0", "{").replace("\1", "}")) for part in literal)
+    return re.compile(".+".join(parts), re.DOTALL)
+
+
+@each_written
+def test_codes_exist(page: Path):
+    texts = catalog("en")
+    codes = set(re.findall(r"\b[EWI](?:-[A-Z]{2,})+\b", read(page)))
+    assert {code for code in codes if f"problem.{code}.title" not in texts} == set()
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / "RUNS.md", ROOT / "docs" / "RUNS.es.md"], ids=shown)
+def test_tables_of_runs_are_complete(page: Path):
+    rows = {(int(code), name) for code, name in re.findall(r"^\| (\d+) \| ([A-Z_]+) \|", read(page), re.MULTILINE)}
+    assert rows == {(int(code), code.name) for code in ExitCode}
+    after_example = read(page).split("```json event")[1]
+    events = set(re.findall(r"^\| `([a-z.]+)` \|", after_example, re.MULTILINE))
+    assert events == set(event_types.EVENTS)
+
+
+@each_pair
+def test_both_languages_have_the_same_outline(english: Path, spanish: Path):
+    assert [level for level, _ in _HEADING.findall(prose(english))] == [
+        level for level, _ in _HEADING.findall(prose(spanish))
+    ]
+    assert [block.info for block in blocks(english)] == [block.info for block in blocks(spanish)]
+
+
+@each_pair
+def test_both_languages_have_the_same_commands_and_code(english: Path, spanish: Path):
+    assert shell_lines(english) == shell_lines(spanish)
+    for kind in ("json config", "json datasets", "json prompts", "json event"):
+        assert [json.loads(block.body) for block in blocks(english) if block.info == kind] == [
+            json.loads(block.body) for block in blocks(spanish) if block.info == kind
+        ]
+    assert [block.body for block in blocks(english) if block.info == "python"] == [
+        block.body for block in blocks(spanish) if block.info == "python"
+    ]
+    assert our_commands(english) == our_commands(spanish)
+
+
+@each_pair
+def test_both_languages_link_to_the_same_pages(english: Path, spanish: Path):
+    assert list(link_targets(spanish)) == list(link_targets(english))
+
+
+def link_targets(page: Path) -> Iterator[str]:
+    """Where the page's links lead, without language and anchor; the one to the other language left out."""
+    for target in _LINK.findall(prose(page)):
+        path = target.partition("#")[0].replace(".es.md", ".md") if not target.startswith("http") else target
+        if not path or (page.parent / path).resolve() != page.with_name(page.name.replace(".es.md", ".md")):
+            yield path
+
+
+@pytest.mark.parametrize("page", [page for page in WRITTEN if "README" not in page.name], ids=shown)
+def test_each_guide_names_its_translation(page: Path):
+    other = page.name.replace(".es.md", ".md") if page.name.endswith(".es.md") else page.with_suffix(".es.md").name
+    assert f"]({other})" in read(page)
