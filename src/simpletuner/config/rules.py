@@ -321,7 +321,8 @@ def _was_changed(c: Config, name: str, origins: Origins) -> bool:
 
 
 def _fix(name: str, value: float) -> Fix:
-    return Fix(key=name, value=float(f"{value:g}"))
+    short = float(f"{value:g}")
+    return Fix(key=name, value=int(short) if short.is_integer() else short)
 
 
 def _beyond(name: str, value: object, instead: object) -> Problem:

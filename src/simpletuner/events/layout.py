@@ -71,6 +71,7 @@ def training_rows(view: RunView, width: int, language: str, glyphs: Glyphs) -> l
     if view.validation is not None:
         total = view.validation.num_images
         figures.append(text("console.validating", language, done=view.validation_done, total=total))
+        figures.append(percent(view.validation_fraction, language).strip())
     elif not view.stopping and step.step < step.total and (remaining_s := view.remaining_s()) is not None:
         left = formats.rounded_duration(round_remaining(remaining_s))
         figures.append(text("console.left", language, duration=left))
@@ -99,7 +100,7 @@ def validation_row(view: RunView, elapsed_s: float, width: int, language: str, g
         f"{view.validation_done}/{total} {text('console.unit.images', language)}",
         formats.duration(elapsed_s, language),
     ]
-    return _with_bar([(f"{_INDENT}{label}", "label")], view.validation_done / max(1, total), figures, width, glyphs)
+    return _with_bar([(f"{_INDENT}{label}", "label")], view.validation_fraction, figures, width, glyphs)
 
 
 def finished_rows(phases: Sequence[t.RunPhase], width: int, language: str, glyphs: Glyphs) -> list[Row]:

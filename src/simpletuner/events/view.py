@@ -26,6 +26,14 @@ class RunView:
         self._validation_seconds: list[float] = []
         self._save_seconds: list[float] = []
 
+    @property
+    def validation_fraction(self) -> float:
+        """How much of the validation is done: by sampling steps where they are told, else by images."""
+        phase = self.phases.get("validation")
+        if phase is not None and phase.total:
+            return phase.done / phase.total
+        return self.validation_done / max(1, self.validation.num_images) if self.validation else 0.0
+
     def remaining_s(self) -> float | None:
         """Estimated seconds to the end; None while nothing can be said."""
         if self.step is None:
