@@ -71,7 +71,6 @@ def training_rows(view: RunView, width: int, language: str, glyphs: Glyphs) -> l
     if view.validation is not None:
         total = view.validation.num_images
         figures.append(text("console.validating", language, done=view.validation_done, total=total))
-        figures.append(percent(view.validation_fraction, language).strip())
     elif not view.stopping and step.step < step.total and (remaining_s := view.remaining_s()) is not None:
         left = formats.rounded_duration(round_remaining(remaining_s))
         figures.append(text("console.left", language, duration=left))
