@@ -1,0 +1,106 @@
+"""The assistant adapter acts while training, not while sampling, is never trained and never saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simpletuner.adapters.assistant import ASSISTANT_NAME, activate_with_assistant_, attach_assistant
+from simpletuner.adapters.files import LoraInfo, save_lora
+from simpletuner.adapters.lora import (
+    LoraSettings,
+    adapter_state,
+    apply_lora,
+    disabled,
+    set_scale,
+    trainable_parameters,
+)
+from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
+from simpletuner.problems import ConfigError, ModelError
+
+TARGETS = ("layers.*.attention.to_q", "layers.*.feed_forward.w1")
+
+
+def model() -> ZImageTransformer:
+    torch.manual_seed(0)
+    config = ZImageTransformerConfig(
+        dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=16, axes_dims=(4, 6, 6)
+    )
+    found = ZImageTransformer(config)
+    for parameter in found.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return found.eval()
+
+
+def predict(transformer) -> torch.Tensor:
+    draws = torch.Generator().manual_seed(1)
+    latent = torch.randn(16, 4, 4, generator=draws)
+    prompt = torch.randn(5, 16, generator=draws)
+    with torch.no_grad():
+        return transformer([latent], torch.tensor([0.5]), transformer.refine_context([prompt]))[0]
+
+
+@pytest.fixture
+def assistant_file(tmp_path):
+    """A LoRA of rank 3 with alpha 6 and random factors, as another program would have made it."""
+    other = model()
+    apply_lora(other, LoraSettings(rank=3, alpha=6.0, targets=TARGETS))
+    state = {key: torch.randn_like(tensor) * 0.3 for key, tensor in adapter_state(other).items()}
+    path = tmp_path / "assistant.safetensors"
+    save_lora(path, state, LoraInfo(rank=3, alpha=6.0))
+    return path
+
+
+def test_training_sees_the_assistant_and_sampling_does_not(assistant_file):
+    base = predict(model())
+    trained = model()
+    attach_assistant(trained, assistant_file, dtype=torch.float32)
+    with_assistant = predict(trained)
+    apply_lora(trained, LoraSettings(rank=4, alpha=4.0, targets=TARGETS))
+    activate_with_assistant_(trained, strength=1.0)
+    assert not torch.allclose(with_assistant, base, atol=1e-3)
+    assert torch.allclose(predict(trained), with_assistant, atol=1e-5)
+    set_scale(trained, 0.0, ASSISTANT_NAME)
+    assert torch.allclose(predict(trained), base, atol=1e-5)
+
+
+def test_only_the_other_adapter_is_trained_and_saved(assistant_file):
+    trained = model()
+    attach_assistant(trained, assistant_file, dtype=torch.float32)
+    before = {key: tensor.clone() for key, tensor in adapter_state(trained, ASSISTANT_NAME).items()}
+    apply_lora(trained, LoraSettings(rank=4, alpha=4.0, targets=TARGETS))
+    activate_with_assistant_(trained, strength=1.0)
+    assert {p.shape[0] if p.shape[0] == 4 else p.shape[1] for p in trainable_parameters(trained)} == {4}
+    latent, prompt = torch.randn(16, 4, 4), torch.randn(5, 16)
+    with torch.no_grad():
+        context = trained.refine_context([prompt])
+    trained([latent], torch.tensor([0.5]), context)[0].square().sum().backward()
+    torch.optim.SGD(trainable_parameters(trained), lr=0.1).step()
+    after = adapter_state(trained, ASSISTANT_NAME)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(tensor.shape[0 if "lora_A" in key else 1] == 4 for key, tensor in adapter_state(trained).items())
+
+
+def test_the_parent_of_regularisation_keeps_the_assistant(assistant_file):
+    trained = model()
+    attach_assistant(trained, assistant_file, dtype=torch.float32)
+    with_assistant = predict(trained)
+    apply_lora(trained, LoraSettings(rank=4, alpha=4.0, targets=TARGETS))
+    activate_with_assistant_(trained, strength=1.0)
+    for parameter in trainable_parameters(trained):
+        torch.nn.init.normal_(parameter, std=0.3)
+    assert not torch.allclose(predict(trained), with_assistant, atol=1e-3)
+    with disabled(trained):
+        assert torch.allclose(predict(trained), with_assistant, atol=1e-5)
+
+
+def test_an_assistant_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_lora(
+        path,
+        {"blocks.9.mixer.lora_A.weight": torch.zeros(2, 8), "blocks.9.mixer.lora_B.weight": torch.zeros(8, 2)},
+        LoraInfo(rank=2, alpha=2.0),
+    )
+    with pytest.raises((ConfigError, ModelError)) as caught:
+        attach_assistant(model(), path, dtype=torch.float32)
+    assert "blocks.9.mixer" in str(caught.value)
