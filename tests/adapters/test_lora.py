@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 
 from simpletuner.adapters.files import LoraFile, LoraInfo
@@ -84,11 +84,15 @@ def test_the_start_depends_on_the_seed_and_the_modules_name_alone():
     assert states[0][key].std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
 
 
-def test_the_state_is_pefts(transformer):
-    apply_lora(transformer, settings())
+def test_names_and_state_are_pefts(transformer, predict):
+    report = apply_lora(transformer, settings(alpha=6.5))
     randomise_(transformer)
-    theirs = get_peft_model_state_dict(transformer)
-    ours = adapter_state(transformer)
+    other = tiny_transformer()
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=6.5, target_modules=list(report.modules)), other)
+    assert transformer.state_dict().keys() == other.state_dict().keys()
+    other.load_state_dict(transformer.state_dict())
+    assert close(predict(transformer), predict(other))
+    theirs, ours = get_peft_model_state_dict(other), adapter_state(transformer)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 

@@ -1,4 +1,4 @@
-"""LoRA on any model: peft owns the layers and the parameters' names, this file what surrounds them.
+"""LoRA on any model: attach it, take its weights, put them back, switch it off.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (https://arxiv.org/abs/2106.09685):
 W x becomes W x + (alpha / rank) B A x, with A [rank, in] and B [out, rank] trained and W frozen.
@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from simpletuner.adapters.files import LoraFile
-from simpletuner.adapters.forward import use_lean_forward_
+from simpletuner.adapters.layer import LoraLinear
 from simpletuner.adapters.targets import linear_names, match_targets
 from simpletuner.problems import Fix, ModelError, Problem
 
@@ -75,32 +72,23 @@ def apply_lora(
     Raises:
         ConfigError: a target matches no linear layer; `option` is the JSON pointer that the problem names.
     """
-    assert not hasattr(nn.Module, adapter_name), "peft keeps adapters in a ModuleDict, which refuses such a name"
     names = match_targets(linear_names(model), settings.targets, path=option)
     model.requires_grad_(False)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # annotated int, but only ever divided by r
-        lora_dropout=settings.dropout,
-        target_modules=list(names),
-    )
-    # On the meta device no time and no random numbers go into weights that are about to be set.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
-        inject_adapter_in_model(config, model, adapter_name=adapter_name, low_cpu_mem_usage=True)
-    for name, layer in _lora_layers(model, adapter_name):
-        _initialise_(layer, adapter_name, dtype=dtype, seed=settings.seed, name=name)
-        use_lean_forward_(layer)
-    _freeze_all_but_(model, adapter_name)
-    num_params = sum(p.numel() for p in trainable_parameters(model))
-    return LoraReport(modules=tuple(name for name, _ in _lora_layers(model, adapter_name)), num_params=num_params)
+    num_params = 0
+    for name in names:
+        layer = _with_adapters(model, name)
+        down, up = _initial_pair(layer, name, settings, dtype)
+        layer.add_adapter(adapter_name, down=down, up=up, scale=settings.scale, dropout=settings.dropout)
+        num_params += down.numel() + up.numel()
+    activate_(model, (adapter_name,))
+    return LoraReport(modules=names, num_params=num_params)
 
 
 def activate_(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    """Let exactly these adapters act. What is trained stays as it is: peft's own call would train them all."""
+    """Let exactly these adapters act, where they are. What is trained stays as it is."""
     for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module._active_adapter = [name for name in adapter_names if name in module.lora_A]
+        if isinstance(module, LoraLinear):
+            module.active = tuple(name for name in adapter_names if name in module.scales)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -115,8 +103,9 @@ def adapter_state(model: nn.Module, adapter_name: str = ADAPTER_NAME) -> dict[st
     """
     state = {}
     for name, layer in _lora_layers(model, adapter_name):
-        state[f"{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight.detach()
-        state[f"{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight.detach()
+        down, up = layer.pair(adapter_name)
+        state[f"{name}.lora_A.weight"] = down.detach()
+        state[f"{name}.lora_B.weight"] = up.detach()
     return state
 
 
@@ -174,47 +163,48 @@ def start_from_(model: nn.Module, file: LoraFile, settings: LoraSettings, adapte
 def disabled(model: nn.Module, adapter_name: str = ADAPTER_NAME) -> Iterator[None]:
     """Within it the model predicts as without this adapter; other adapters stay as they are."""
     layers = [layer for _, layer in _lora_layers(model, adapter_name)]
-    before = [layer.active_adapters for layer in layers]
+    before = [layer.active for layer in layers]
+    for layer, active in zip(layers, before, strict=True):
+        layer.active = tuple(name for name in active if name != adapter_name)
     try:
-        # peft's own switches also turn gradients on and off, for every adapter.
-        for layer, active in zip(layers, before, strict=True):
-            layer._active_adapter = [name for name in active if name != adapter_name]
         yield
     finally:
         for layer, active in zip(layers, before, strict=True):
-            layer._active_adapter = active
+            layer.active = active
 
 
 def set_scale(model: nn.Module, scale: float, adapter_name: str = ADAPTER_NAME) -> None:
     """Set the adapter's strength: 1 as trained, 0 off."""
     for _, layer in _lora_layers(model, adapter_name):
-        layer.set_scale(adapter_name, scale)
+        layer.strengths[adapter_name] = scale
 
 
-def _lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+def _lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+        if isinstance(module, LoraLinear) and adapter_name in module.scales:
             yield name, module
 
 
-def _initialise_(layer: LoraLayer, adapter_name: str, *, dtype: torch.dtype, seed: int, name: str) -> None:
-    """Put real weights in the place of the meta ones. A is drawn on the CPU: the same on every device."""
-    device = layer.get_base_layer().weight.device
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()
+def _with_adapters(model: nn.Module, name: str) -> LoraLinear:
+    """The layer `name` of `model`, put around the linear layer there if it is not yet."""
+    parent_name, _, last = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    module = parent.get_submodule(last)
+    if not isinstance(module, LoraLinear):
+        assert isinstance(module, nn.Linear)
+        module = LoraLinear(module)
+        setattr(parent, last, module)
+    return module
+
+
+def _initial_pair(layer: LoraLinear, name: str, settings: LoraSettings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random A and zero B. A is drawn on the CPU: the same on every device."""
+    device = layer.weight.device
+    digest = hashlib.blake2b(f"{settings.seed}/{name}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    down, up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    weight = torch.empty(down.weight.shape)
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
-    down.weight = nn.Parameter(weight.to(device, dtype))
-    up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device, dtype=dtype))
-
-
-def _freeze_all_but_(model: nn.Module, adapter_name: str) -> None:
-    """peft makes every active adapter trainable when one is added; only this one is."""
-    model.requires_grad_(False)
-    for _, layer in _lora_layers(model, adapter_name):
-        layer.lora_A[adapter_name].requires_grad_(True)
-        layer.lora_B[adapter_name].requires_grad_(True)
+    down = torch.empty(settings.rank, layer.in_features)
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+    return down.to(device, dtype), torch.zeros(layer.out_features, settings.rank, device=device, dtype=dtype)
 
 
 def _shape_problem(key: str, *, expected: Tensor, found: Tensor) -> Problem:

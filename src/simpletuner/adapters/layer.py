@@ -1,0 +1,129 @@
+"""A linear layer with low-rank updates: W x + b + the sum of scale B A x over the active adapters.
+
+Modules and parameters have the names that peft gives them (`base_layer`, `lora_A.<adapter>.weight`), so peft and
+diffusers exchange weights with us under the same keys. The forward is one autograd function: adding the two products
+afterwards, as a plain formula does, takes passes of its own over a tensor as large as the layer's output, and as many
+in backward. Here both additions happen inside the matrix products, which saves about a tenth of the layer's time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoraLinear(nn.Module):
+    """`base_layer` with adapters around it; those in `active` act, each `strengths[name]` times its trained scale.
+
+    `scales` are alpha / rank. `dropouts` zero a share of an adapter's input while training.
+    """
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.scales: dict[str, float] = {}
+        self.strengths: dict[str, float] = {}
+        self.dropouts: dict[str, float] = {}
+        self.train(base_layer.training)
+
+    def add_adapter(self, name: str, *, down: Tensor, up: Tensor, scale: float, dropout: float = 0.0) -> None:
+        """Add and activate A = `down` [rank, in] and B = `up` [out, rank]; both become trained parameters."""
+        for parts, weight in ((self.lora_A, down), (self.lora_B, up)):
+            part = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            part.weight = nn.Parameter(weight)
+            parts[name] = part
+        self.scales[name], self.strengths[name], self.dropouts[name] = scale, 1.0, dropout
+        self.active = (*self.active, name)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base_layer.out_features
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank] of an adapter."""
+        return cast("Tensor", self.lora_A[name].weight), cast("Tensor", self.lora_B[name].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base_layer
+        if not self.active:
+            return cast("Tensor", base(x))
+        scales = tuple(self.scales[name] * self.strengths[name] for name in self.active)
+        pairs = [self.pair(name) for name in self.active]
+        drops = self.training and any(self.dropouts[name] > 0 for name in self.active)
+        if drops or type(base) is not nn.Linear or base.weight.requires_grad:
+            return self._general_forward(x, scales, pairs)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        flat = [weight for pair in pairs for weight in pair]
+        return cast("Tensor", _LowRankLinear.apply(x.to(dtype), base.weight, base.bias, scales, *flat))
+
+    def _general_forward(self, x: Tensor, scales: tuple[float, ...], pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """With dropout, or around a base that is trained or quantised: the formula, left to autograd."""
+        out = self.base_layer(x)
+        for name, scale, (down, up) in zip(self.active, scales, pairs, strict=True):
+            inner = F.linear(F.dropout(x, self.dropouts[name], self.training), down.to(x.dtype))
+            out = out + F.linear(inner, up.to(inner.dtype)) * scale
+        return cast("Tensor", out)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: rank {self.pair(name)[0].shape[0]}" for name in self.scales)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """In x's dtype, whatever the weights' dtypes. W and b are frozen; so is a pair that needs no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: tuple[float, ...], *pairs: Tensor
+    ) -> Tensor:
+        dtype, rows = x.dtype, x.reshape(-1, x.shape[-1])
+        inners = []
+        with torch.autocast(x.device.type, enabled=False):
+            out = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+            for down, up, scale in zip(pairs[::2], pairs[1::2], scales, strict=True):
+                inner = rows @ down.to(dtype).t()
+                out.addmm_(inner, up.to(dtype).t(), alpha=scale)
+                inners.append(inner)
+        ctx.save_for_backward(x, weight, *pairs, *inners)
+        ctx.scales = scales
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *saved = ctx.saved_tensors
+        count = len(ctx.scales)
+        downs, ups, inners = saved[: 2 * count : 2], saved[1 : 2 * count : 2], saved[2 * count :]
+        dtype, rows, gradient = x.dtype, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        x_gradient: Tensor | None = None
+        gradients: list[Tensor | None] = [None] * (2 * count)
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                x_gradient = gradient @ weight.to(dtype)
+            for index, (down, up, inner, scale) in enumerate(zip(downs, ups, inners, ctx.scales, strict=True)):
+                inner_gradient = (gradient @ up.to(dtype)).mul_(scale)
+                if ctx.needs_input_grad[4 + 2 * index]:
+                    gradients[2 * index] = (inner_gradient.t() @ rows).to(down.dtype)
+                if ctx.needs_input_grad[5 + 2 * index]:
+                    gradients[2 * index + 1] = (gradient.t() @ inner).mul_(scale).to(up.dtype)
+                if x_gradient is not None:
+                    x_gradient.addmm_(inner_gradient, down.to(dtype))
+        return (None if x_gradient is None else x_gradient.view_as(x), None, None, None, *gradients)
