@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from simpletuner.config.root import Config
 from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.signals import StopRequest
 from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.vae import LatentCodec, load_latent_codec
@@ -51,8 +53,15 @@ def sampling_settings(config: Config) -> SamplingSettings:
     )
 
 
+class _StoppedError(Exception):
+    """The run is asked to stop while it makes images."""
+
+
 class Validator:
-    """Makes the images of a run. The VAE is loaded at the first use and waits on the CPU in between."""
+    """Makes the images of a run. The VAE is loaded at the first use and waits on the CPU in between.
+
+    A request to stop ends a validation between two sampling steps; the images that are finished by then stay.
+    """
 
     def __init__(
         self,
@@ -62,6 +71,7 @@ class Validator:
         training: Training,
         files: PipelineFiles,
         run: RunRecorder,
+        stop: StopRequest,
         headings: Callable[[int], str],
     ) -> None:
         """`headings(step)` names a column of the contact sheet."""
@@ -70,6 +80,7 @@ class Validator:
         self._training = training
         self._files = files
         self._run = run
+        self._stop = stop
         self._headings = headings
         self._codec: LatentCodec | None = None
         self._gallery = Gallery(Path(config.run.output_dir), image_format=config.validation.validation_image_format)
@@ -98,7 +109,16 @@ class Validator:
         try:
             settings = sampling_settings(self._config)
             total = len(requests) * settings.num_steps
-            with self._run.phase("validation", total=total, unit="steps") as progress:
+            with (
+                suppress(_StoppedError),
+                self._run.phase("validation", total=total, unit="steps") as progress,
+            ):
+
+                def advance(num_images: int) -> None:
+                    progress.advance(num_images)
+                    if self._stop.level:
+                        raise _StoppedError
+
                 validate(
                     requests,
                     step=step,
@@ -109,7 +129,7 @@ class Validator:
                     gallery=self._gallery,
                     all_requests=self._requests,
                     emit=self._run.emit,
-                    on_progress=progress.advance,
+                    on_progress=advance,
                 )
         finally:
             training.transformer.train(was_training)

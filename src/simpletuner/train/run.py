@@ -135,7 +135,13 @@ class _Run:
                 config, files=files, assistant_file=assistant_file, prompts=prompts, compute=compute, run=run
             )
             validator = Validator(
-                config, requests=requests, training=training, files=files, run=run, headings=self._headings
+                config,
+                requests=requests,
+                training=training,
+                files=files,
+                run=run,
+                stop=self._stop,
+                headings=self._headings,
             )
             if checkpoint is not None:
                 training.load_adapter_state(dict(checkpoint.adapter()))
