@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -201,3 +203,20 @@ def test_a_closures_loss_is_returned(make):
     before = [p.detach().clone() for p in params]
     assert make(params, 1e-2).step(loss).item() == pytest.approx(sum((b**2).sum().item() for b in before), rel=1e-5)
     assert all(not torch.equal(a, b) for a, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw_bf16", "lion"])
+def test_our_optimizers_do_not_import_the_compiler(name):
+    code = f"""
+import sys, torch
+from simpletuner.optim.build import OptimizerSettings, build_optimizer, restore_optimizer_
+param = torch.nn.Parameter(torch.zeros(3))
+param.grad = torch.ones(3)
+optimizer = build_optimizer({name!r}, [param], OptimizerSettings(learning_rate=1e-3))
+optimizer.step()
+optimizer.zero_grad()
+restore_optimizer_(optimizer, optimizer.state_dict())
+print("torch._dynamo" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
