@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+ROOT = str(Path(__file__).parents[2])
+if ROOT not in sys.path:  # scripts/ and tests/ are not installed
+    sys.path.insert(0, ROOT)
+
 COLOURS = ("red", "green", "blue", "orange", "purple", "white")
 
 

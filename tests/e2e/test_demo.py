@@ -68,3 +68,29 @@ def test_the_run_directory_is_complete(demo):
     assert {"run.json", "config.json", "events.jsonl", "log.txt", "pytorch_lora_weights.safetensors"} <= names
     assert (demo.output / "validation_images" / "contact_sheet.png").is_file()
     assert json.loads((demo.output / "run.json").read_text())["state"] == "done"
+
+
+def test_the_subject_is_learned_and_the_rest_kept(demo):
+    """By the project's classifier of drawn shapes, which knows the subject as one class among the shapes."""
+    from scripts.demo_base import classifier, judge
+
+    found = entries(demo)
+    last = max(entry["step"] for entry in found)
+    known = classifier.load()
+    shown = {
+        (entry["prompt"], entry["step"]): (
+            classifier.named_shapes(known, [picture(demo, entry)])[0],
+            judge.background_colour(picture(demo, entry)),
+        )
+        for entry in found
+    }
+    prompts = {entry["prompt"] for entry in found}
+    subject = {prompt for prompt in prompts if "octopus" in prompt}
+    others = prompts - subject
+    assert subject
+    assert others
+    for prompt in subject:
+        assert shown[prompt, 0][0] != "octopus", "the base does not know the subject"
+        assert shown[prompt, last][0] == "octopus"
+    for prompt in others:
+        assert shown[prompt, last] == shown[prompt, 0], "a prompt without the subject keeps its shape and background"
