@@ -29,7 +29,7 @@ class MuonAdamW:
         self._velocity = {
             shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self._groups.items()
         }
-        self._adamw = torch.optim.AdamW(list(others), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+        self._adamw = torch.optim.AdamW(list(others), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def step(self, *, muon_lr: float, adamw_lr: float, weight_decay: float = 0.0) -> None:

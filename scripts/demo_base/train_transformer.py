@@ -176,18 +176,18 @@ def checked_loss(transformer: ZImageTransformer, data: TrainingData, device: str
 
 
 def export(transformer: ZImageTransformer, base: Path) -> None:
-    """Save the transformer in bf16, the scheduler and the pipeline's index."""
+    """Save the transformer, the scheduler and the pipeline's index; every weight becomes bf16."""
     model = ZImageTransformer2DModel(**TRANSFORMER_CONFIG)
     model.load_state_dict(transformer.state_dict())
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(base / "transformer")
     ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SCHEDULER_SHIFT),
-        vae=AutoencoderKL.from_pretrained(base / "vae"),
+        vae=AutoencoderKL.from_pretrained(base / "vae", dtype=torch.bfloat16),
         text_encoder=Qwen3Model.from_pretrained(base / "text_encoder", dtype=torch.bfloat16),
         tokenizer=Qwen2Tokenizer.from_pretrained(base / "tokenizer"),
-        transformer=model,
+        transformer=model.to(torch.bfloat16),
     ).save_pretrained(base)
+    for path in base.rglob("*.safetensors"):
+        path.chmod(0o644)  # readable by whoever installs the package
 
 
 def _encode_part(base: Path, seed: int, num_scenes: int, size: scenes.Size) -> tuple[Tensor, list[str]]:
