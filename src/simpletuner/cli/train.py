@@ -20,7 +20,7 @@ from simpletuner.events.run_status import RunInfo
 from simpletuner.events.signals import StopRequest
 from simpletuner.i18n import text
 
-_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
+_LIBRARIES = ("torch", "diffusers", "transformers", "safetensors")
 
 
 def run(argv: Sequence[str], language: str) -> int:
