@@ -28,7 +28,7 @@ from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipe
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.optim.build import restore_optimizer_
 from simpletuner.optim.schedules import schedule_problems
-from simpletuner.problems import ConfigError, ExitCode, Problem, Severity
+from simpletuner.problems import ConfigError, ExitCode, Problem, Severity, SimpletunerError
 from simpletuner.train.build import (
     Training,
     build_training,
@@ -84,7 +84,13 @@ def train(
     for problem in loaded.warnings:
         run.emit(ProblemReported(problem=problem))
     remove_unfinished(run.directory.path)
-    outcome = _Run(loaded, run=run, stop=stop, headings=headings).carry_out()
+    try:
+        outcome = _Run(loaded, run=run, stop=stop, headings=headings).carry_out()
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).split(". ")[0]
+        raise SimpletunerError(
+            Problem(code="E-OUT-OF-MEMORY", params={"reason": first_line}), ExitCode.OUT_OF_MEMORY
+        ) from error
     if outcome.exit_code is ExitCode.OK:
         run.finish(output=outcome.weights.name if outcome.weights else None)
     else:

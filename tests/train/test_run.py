@@ -1,0 +1,89 @@
+"""What the run refuses or explains by itself, in both languages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simpletuner.config.root import Config
+from simpletuner.config.sections.optimizer import OptimizerSection
+from simpletuner.config.sections.run import RunSection
+from simpletuner.i18n import LANGUAGES, catalog, render_problem
+from simpletuner.problems import ConfigError, ExitCode, Problem, SimpletunerError
+from simpletuner.train import run as run_module
+from simpletuner.train.device import choose_compute, choose_device
+from simpletuner.train.run import total_updates
+
+
+def config(*, epochs=0, steps=0, accumulation=1) -> Config:
+    return Config(
+        run=RunSection(num_train_epochs=epochs, max_train_steps=steps),
+        optimizer=OptimizerSection(gradient_accumulation_steps=accumulation),
+    )
+
+
+def test_the_length_of_a_run():
+    assert total_updates(config(steps=7), 100) == 7
+    assert total_updates(config(epochs=3), 10) == 30
+    assert total_updates(config(epochs=3, accumulation=4), 10) == 7
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_less_than_one_update_is_nothing_to_train(language):
+    with pytest.raises(ConfigError) as caught:
+        total_updates(config(epochs=1, accumulation=4), 3)
+    title, hint = render_problem(caught.value.problems[0], language)
+    assert "1" in title
+    assert "repeats" in hint
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("requested", ["cuda:99", "tpu", "cuda" if not torch.cuda.is_available() else "cuda:98"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(language, requested):
+    with pytest.raises(ConfigError) as caught:
+        choose_device(requested)
+    title, hint = render_problem(caught.value.problems[0], language)
+    assert requested in title
+    assert "cpu" in title
+    assert "auto" in hint
+
+
+def test_half_precision_is_used_only_where_it_is_fast():
+    device = torch.device("cpu")
+    fast = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    compute, override = choose_compute(device, mixed_precision="bf16", base_model_default_dtype="bf16")
+    assert (compute.name, override is None) == (("bf16", True) if fast else ("fp32", False))
+    compute, override = choose_compute(device, mixed_precision="fp16", base_model_default_dtype="bf16")
+    assert compute.name == "fp32"
+    assert (override.option, override.requested, override.used) == ("mixed_precision", "fp16", "no")
+    assert all(override.reason in catalog(language) for language in LANGUAGES)
+    compute, override = choose_compute(device, mixed_precision="no", base_model_default_dtype="bf16")
+    assert (compute.weights, compute.autocast, override) == (torch.float32, None, None)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_full_gpu_ends_with_remedies_and_its_own_exit_code(tmp_path, monkeypatch, language):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    class Recorder:
+        directory = type("Directory", (), {"path": tmp_path})
+
+    monkeypatch.setattr(run_module._Run, "__init__", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(run_module._Run, "carry_out", full)
+    loaded = type("Loaded", (), {"warnings": ()})
+    with pytest.raises(SimpletunerError) as caught:
+        run_module.train(loaded, run=Recorder, stop=None)
+    assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
+    title, hint = render_problem(caught.value.problems[0], language)
+    assert "CUDA out of memory" in title
+    assert "gradient_checkpointing" in hint
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_loss_that_is_not_finite_names_where_it_happened(language):
+    problem = Problem(code="E-NAN-LOSS", params={"batch": 3, "files": "cat.png", "sigmas": "0.500"})
+    title, hint = render_problem(problem, language)
+    assert "cat.png" in title
+    assert "0.500" in title
+    assert "learning_rate" in hint
