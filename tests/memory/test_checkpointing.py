@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -191,3 +193,19 @@ def test_a_checkpointed_model_can_be_copied():
     assert twin[0].calls == 2
     assert blocks[0].calls == 0
     assert all(p.grad is None for p in blocks.parameters())
+
+
+def test_the_recomputation_imports_no_compiler():
+    code = """
+import sys, torch
+from simpletuner.memory.checkpointing import apply_checkpointing
+blocks = torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in range(3)])
+assert apply_checkpointing(blocks, every=1) == 2
+hidden = torch.ones(2, 3)
+for block in blocks:
+    hidden = block(hidden)
+hidden.sum().backward()
+print({"sympy", "torch._dynamo"} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

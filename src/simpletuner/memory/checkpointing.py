@@ -78,15 +78,34 @@ class _Recompute(torch.autograd.Function):
         tensors = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
         with torch.enable_grad(), ctx.surroundings.autocast(), ctx.surroundings.random_state():
             out = ctx.run(*tensors)
+            seed = _Seed.apply(out, gradient)
         inputs = (*tensors, *ctx.trained)
         gradients: list[Tensor | None] = [None] * len(inputs)
         wanted = [index for index, value in enumerate(inputs) if value.requires_grad]
         # An adapter that is switched off leaves its parameters, or everything, out of the graph.
         if out.requires_grad:
-            found = torch.autograd.grad(out, [inputs[i] for i in wanted], gradient, allow_unused=True)
+            found = torch.autograd.grad(seed, [inputs[i] for i in wanted], allow_unused=True)
             for index, value in zip(wanted, found, strict=True):
                 gradients[index] = value
         return (None, None, None, *gradients)
+
+
+class _Seed(torch.autograd.Function):
+    """A scalar whose gradient with respect to `out` is `gradient`.
+
+    Handing `gradient` to `torch.autograd.grad` means the same, but torch then imports sympy to compare the shapes:
+    half a second and 40 MB of a run that has no symbolic shape.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient, None
 
 
 class _Surroundings:
