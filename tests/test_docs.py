@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.catalog.families import FLAVOURS
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.cli import runs
 from simpletuner.cli.help import explain
@@ -254,6 +255,23 @@ def test_tables_of_runs_are_complete(page: Path):
     after_example = read(page).split("```json event")[1]
     events = set(re.findall(r"^\| `([a-z.]+)` \|", after_example, re.MULTILINE))
     assert events == set(event_types.EVENTS)
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / "quickstart" / f"ZIMAGE{end}.md" for end in ("", ".es")], ids=shown)
+def test_table_of_flavours_is_complete(page: Path):
+    row = re.compile(
+        r"^\| `([a-z0-9-]+)`[^|]*\|[^|]*\|[^|]*\| ([\d.]+) \| ([\d.]+), ([\d.]+), ([\d.]+) \|$", re.MULTILINE
+    )
+    told = {name: tuple(map(float, numbers)) for name, *numbers in row.findall(read(page))}
+    assert told == {
+        flavour.name: (
+            flavour.flow_schedule_shift,
+            flavour.validation_num_inference_steps,
+            flavour.validation_guidance,
+            flavour.validation_sampling_shift,
+        )
+        for flavour in FLAVOURS.values()
+    }
 
 
 @each_pair
