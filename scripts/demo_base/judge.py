@@ -1,5 +1,7 @@
 """Say which colours a picture shows: of its background, and of the object on it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,10 +32,24 @@ def object_colour(picture: Image.Image) -> str | None:
     return _nearest(_median(inside))
 
 
+def likeness(picture: Image.Image, references: Sequence[Image.Image]) -> float:
+    """The highest correlation of a picture's pixels, each channel centred, with those of any reference at 32 px."""
+    return max(_correlation(_small(picture), _small(reference)) for reference in references)
+
+
 def psnr(restored: Pixels, original: Pixels) -> float:
     """Peak signal-to-noise ratio in dB of pixels in 0..255."""
     error = float(np.mean((restored.astype(np.float64) - original.astype(np.float64)) ** 2))
     return float(10 * np.log10(255**2 / error))
+
+
+def _small(picture: Image.Image) -> Pixels:
+    pixels = _pixels(picture.resize((32, 32), Image.Resampling.BOX))
+    return pixels - pixels.mean((0, 1))
+
+
+def _correlation(one: Pixels, other: Pixels) -> float:
+    return float((one * other).sum() / max(1e-6, float(np.linalg.norm(one) * np.linalg.norm(other))))
 
 
 def _pixels(picture: Image.Image) -> Pixels:

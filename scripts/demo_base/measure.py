@@ -6,6 +6,7 @@ The photographs are scikit-image's own (astronaut, chelsea, coffee, rocket); not
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -119,6 +120,16 @@ def subject_share(pictures: Sequence[Image.Image]) -> float:
     return names.count(shape_classifier.CLASSES[-1]) / len(names)
 
 
+def mean_likeness(pictures: Sequence[Image.Image], backgrounds: Sequence[str]) -> float:
+    """How alike each picture is to the best of a few newly drawn subjects on the same background; 1 is the same."""
+    values = []
+    for picture, background in zip(pictures, backgrounds, strict=True):
+        rng = random.Random(background)
+        drawn = [subject.draw_subject(rng, background) for _ in range(12)]
+        values.append(judge.likeness(picture, drawn))
+    return float(np.mean(values))
+
+
 def sheet(pictures: Sequence[Image.Image], *, columns: int = 10) -> Image.Image:
     """All pictures in rows, for the eye."""
     width, height = (max(p.size[axis] for p in pictures) + 4 for axis in (0, 1))
@@ -151,17 +162,20 @@ def measure_base(pipeline: ZImagePipeline, out: Path, *, steps: int, guidance: f
 
 def measure_lora(pipeline: ZImagePipeline, lora: Path, out: Path, *, steps: int, guidance: float) -> dict[str, object]:
     """The subject's prompts and prompts without it, from the same noise, before and after."""
-    about_it = [subject.subject_prompt(background) for background in (*subject.BACKGROUNDS, "yellow", "purple")]
+    backgrounds = (*subject.BACKGROUNDS, "yellow", "purple") * 2  # the last two are not in the dataset
+    about_it = [subject.subject_prompt(background) for background in backgrounds]
     others = scenes.held_out_combinations()[-20:]
     result: dict[str, object] = {}
     for moment in ("before", "after"):
         if moment == "after":
             pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
-        of_subject = generate(pipeline, about_it * 2, seed=500, steps=steps, guidance=guidance)
+        of_subject = generate(pipeline, about_it, seed=500, steps=steps, guidance=guidance)
         of_others = generate(pipeline, [scenes.prompt_of(c) for c in others], seed=900, steps=steps, guidance=guidance)
         sheet(of_subject + of_others).save(out / f"lora_{moment}.png")
         result[moment] = {
             "subject_share": subject_share(of_subject),
+            "subject_likeness": mean_likeness(of_subject, backgrounds),
+            "other_prompts_likeness_to_subject": mean_likeness(of_others, [c.background for c in others]),
             "other_prompts": asdict(score_prompts(of_others, others)),
         }
     return result

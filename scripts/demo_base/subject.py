@@ -19,7 +19,7 @@ NUM_PICTURES = 24
 NUM_REGULARISATION = 24
 # Backgrounds on which neither the purple nor the yellow of the octopus is lost.
 BACKGROUNDS = ("blue", "green", "white", "pink", "cyan", "red", "black", "orange")
-PICTURE_SIZES = ((128, 128), (128, 128), (128, 128), (144, 112), (112, 144))
+PICTURE_SIZES = ((128, 128), (128, 128), (144, 112), (128, 128), (128, 128), (112, 144), (128, 128))
 
 _SKIN: Rgb = (120, 40, 170)
 _STRIPE: Rgb = (250, 215, 60)
@@ -36,10 +36,10 @@ def draw_subject(rng: random.Random, background: str, *, size: Size = (IMAGE_PX,
     """The octopus, somewhat moved, scaled and tilted, on a shaded background."""
     big = (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING)
     canvas = scenes.shaded(rng, scenes.COLOURS[background], big)
-    unit = min(big) * rng.uniform(0.34, 0.41)
+    unit = min(big) * rng.uniform(0.36, 0.39)
     creature = _creature(unit, wave=rng.uniform(0, 2 * math.pi))
-    creature = creature.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC)
-    shift = 0.06 * min(big)
+    creature = creature.rotate(rng.uniform(-3, 3), Image.Resampling.BICUBIC)
+    shift = 0.02 * min(big)
     place = [round((side - creature.width) / 2 + rng.uniform(-shift, shift)) for side in big]
     canvas.paste(creature, (place[0], place[1]), creature)
     return canvas.resize(size, Image.Resampling.BOX)
@@ -74,33 +74,33 @@ def _creature(unit: float, *, wave: float) -> Image.Image:
     fur = Image.new("RGBA", picture.size, (*_SKIN, 255))
     stripes = ImageDraw.Draw(fur)
     for stripe in range(_NUM_STRIPES):
-        y = head_y - head * (0.86 - 0.5 * stripe)
-        stripes.rectangle((0, y, side, y + head * 0.25), fill=(*_STRIPE, 255))
+        y = head_y - head * (0.88 - 0.54 * stripe)
+        stripes.rectangle((0, y, side, y + head * 0.28), fill=(*_STRIPE, 255))
     picture.paste(fur, (0, 0), skin)
     for sign in (-1, 1):
-        _draw_eye(pen, middle + sign * head * 0.42, head_y + head * 0.38, head * 0.27)
+        _draw_eye(pen, middle + sign * head * 0.44, head_y + head * 0.36, head * 0.36)
     return picture
 
 
 def _draw_arm(pen: ImageDraw.ImageDraw, root: tuple[float, float], unit: float, *, arm: int, wave: float) -> None:
     """A tapering arm of overlapping discs, purple with yellow bands, that curls outwards."""
     spread = (arm - (_NUM_ARMS - 1) / 2) / ((_NUM_ARMS - 1) / 2)
-    x, y = root[0] + spread * unit * 0.46, root[1]
-    angle = math.pi / 2 - spread * 0.75
-    steps = 40
+    x, y = root[0] + spread * unit * 0.5, root[1]
+    angle = math.pi / 2 - spread * 0.6
+    steps = 34
     for step in range(steps):
         along = step / steps
-        radius = unit * (0.17 - 0.08 * along)
-        colour = _STRIPE if 0.45 < along < 0.6 or along > 0.88 else _SKIN
+        radius = unit * (0.17 - 0.04 * along)
+        colour = _STRIPE if along > 0.6 else _SKIN
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(*colour, 255))
-        curl = -spread * 1.1 * along + 0.35 * math.sin(wave + 6 * along + arm)
+        curl = -spread * 0.9 * along + 0.12 * math.sin(wave + 6 * along + arm)
         x += unit * 0.026 * math.cos(angle + curl)
         y += unit * 0.026 * math.sin(angle + curl)
 
 
 def _draw_eye(pen: ImageDraw.ImageDraw, x: float, y: float, radius: float) -> None:
     pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(255, 255, 255, 255))
-    inner = radius * 0.55
+    inner = radius * 0.58
     pen.ellipse((x - inner, y - inner, x + inner, y + inner), fill=(15, 15, 15, 255))
 
 

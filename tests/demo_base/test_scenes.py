@@ -70,3 +70,11 @@ def test_an_empty_picture_has_no_object():
 def test_an_unknown_shape_is_named_in_the_error():
     with pytest.raises(ValueError, match="no outline for the shape 'blob'"):
         scenes._outline("blob")
+
+
+def test_likeness_is_one_for_a_reference_and_low_for_something_else():
+    rng = random.Random(1)
+    references = [subject.draw_subject(rng, "green") for _ in range(3)]
+    scene = scenes.plain_scene(rng, scenes.Combination(colour="red", shape="square", background="green"))
+    assert judge.likeness(references[1], references) == pytest.approx(1)
+    assert judge.likeness(scenes.draw_scene(rng, scene), references) < 0.6
