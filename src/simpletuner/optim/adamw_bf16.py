@@ -9,14 +9,16 @@ random state, and a resumed run rounds like an uninterrupted one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
-from simpletuner.optim.bucketed import Bucket, BucketedOptimizer
-from simpletuner.optim.rounding import RoundingNoise
+from simpletuner.optim.bucketed import Bucket, BucketedOptimizer, pieces
+from simpletuner.optim.rounding import Dither
+
+_FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has the update as one kernel
 
 
 class AdamWBf16(BucketedOptimizer):
@@ -41,16 +43,27 @@ class AdamWBf16(BucketedOptimizer):
     def state_dtype(self, param: nn.Parameter) -> torch.dtype:
         return self.moment_dtype
 
-    def update_(self, bucket: Bucket, noise: RoundingNoise) -> None:
-        lr, eps, weight_decay = (bucket.hyper[name] for name in ("lr", "eps", "weight_decay"))
+    def update_(self, bucket: Bucket, dither: Dither) -> None:
         beta1, beta2 = bucket.hyper["betas"]
-        grads = bucket.gradients()
-        mean = bucket.rows["exp_avg"].float().lerp_(grads, 1 - beta1)
-        square = bucket.rows["exp_avg_sq"].float().mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
+        mean, square = bucket.rows["exp_avg"].float(), bucket.rows["exp_avg_sq"].float()
+        values, grads = bucket.operands()
         # The exact moments drive this update; only what the next one reads is rounded.
-        denominator = square.sqrt().div_(math.sqrt(1 - beta2**bucket.step)).add_(eps)
-        values = bucket.values().mul_(1 - lr * weight_decay)
-        values.addcdiv_(mean, denominator, value=-lr / (1 - beta1**bucket.step))
-        bucket.store_values_(values, noise)
-        bucket.store_state_("exp_avg", mean, noise)
-        bucket.store_state_("exp_avg_sq", square, noise)
+        adamw(
+            values,
+            grads,
+            pieces(mean, values),
+            pieces(square, values),
+            max_exp_avg_sqs=[],
+            state_steps=list(torch.full((len(values),), bucket.step - 1.0, device=mean.device)),
+            fused=mean.device.type in _FUSED,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=bucket.hyper["lr"],
+            weight_decay=bucket.hyper["weight_decay"],
+            eps=bucket.hyper["eps"],
+            maximize=False,
+        )
+        bucket.store_values_(values, dither)
+        bucket.store_state_("exp_avg", mean, dither)
+        bucket.store_state_("exp_avg_sq", square, dither)

@@ -15,11 +15,11 @@ from typing import Any, ClassVar, cast, overload
 import torch
 from torch import Tensor, nn
 
-from simpletuner.optim.rounding import RoundingNoise, stochastic_round_
+from simpletuner.optim.rounding import Dither, lattice_of, stochastic_round_
 
 # Elements in a row: small enough for a CPU's cache, large enough to fill an accelerator.
-_MAX_BUCKET_CPU = 1 << 17
-_MAX_BUCKET_DEVICE = 1 << 23
+_MAX_BUCKET_CPU = 1 << 16
+_MAX_BUCKET_DEVICE = 1 << 22
 
 
 @dataclass(kw_only=True)
@@ -31,24 +31,34 @@ class Bucket:
     step: int  # updates so far
     rows: dict[str, Tensor]  # state name -> [sum of the parameters' sizes]
 
-    def gradients(self) -> Tensor:
-        """float32 [N], a copy."""
-        return torch.cat([cast("Tensor", p.grad).reshape(-1) for p in self.params]).float()
+    def operands(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Values and gradients in float32, in the buckets' order: the tensors themselves where they are float32, else
+        one row each, [N]. Update the values in place and hand them to `store_values_`."""
+        grads = [cast("Tensor", p.grad) for p in self.params]
+        if all(t.dtype == torch.float32 and t.is_contiguous() for t in (*self.params, *grads)):
+            return list(self.params), grads
+        values, gradients = ([t.reshape(-1) for t in tensors] for tensors in (self.params, grads))
+        return [torch.cat(values).float()], [torch.cat(gradients).float()]
 
-    def values(self) -> Tensor:
-        """float32 [N], a copy."""
-        return torch.cat([p.reshape(-1) for p in self.params]).float()
+    def store_values_(self, values: Sequence[Tensor], dither: Dither) -> None:
+        """Write the values of `operands` back, rounded stochastically if the parameters are bfloat16."""
+        if values[0] is self.params[0]:
+            return
+        (row,) = values
+        if self.params[0].dtype == torch.bfloat16:
+            stochastic_round_(row, dither)
+        torch._foreach_copy_(list(self.params), pieces(row, self.params))
 
-    def store_state_(self, name: str, values: Tensor, noise: RoundingNoise) -> None:
+    def store_state_(self, name: str, values: Tensor, dither: Dither) -> None:
         """Keep float32 `values` [N] for the next step, rounded stochastically if the state is bfloat16."""
         row = self.rows[name]
-        row.copy_(stochastic_round_(values, noise) if row.dtype == torch.bfloat16 else values)
+        row.copy_(stochastic_round_(values, dither) if row.dtype == torch.bfloat16 else values)
 
-    def store_values_(self, values: Tensor, noise: RoundingNoise) -> None:
-        """Write float32 `values` [N] into the parameters, rounded stochastically if they are bfloat16."""
-        if self.params[0].dtype == torch.bfloat16:
-            stochastic_round_(values, noise)
-        torch._foreach_copy_(list(self.params), _views(values, self.params))
+
+def pieces(row: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a row [N] into views with the shapes of `tensors`."""
+    parts = row.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 class BucketedOptimizer(torch.optim.Optimizer):
@@ -70,6 +80,7 @@ class BucketedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[nn.Parameter], defaults: dict[str, Any], *, seed: int) -> None:
         self.seed = seed
         self._buckets: list[Bucket] = []
+        self._lattices: dict[torch.device, Tensor] = {}
         super().__init__(params, defaults)
 
     @abstractmethod
@@ -77,7 +88,7 @@ class BucketedOptimizer(torch.optim.Optimizer):
         """The dtype in which the states of `param` are kept."""
 
     @abstractmethod
-    def update_(self, bucket: Bucket, noise: RoundingNoise) -> None:
+    def update_(self, bucket: Bucket, dither: Dither) -> None:
         """Do update number `bucket.step` (counted from 1) of the bucket's parameters and states."""
 
     @overload
@@ -95,8 +106,8 @@ class BucketedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for index, bucket in enumerate(self._current_buckets()):
             bucket.step += 1
-            noise = RoundingNoise(device=bucket.params[0].device, seed=self.seed, step=bucket.step, index=index)
-            self.update_(bucket, noise)
+            lattice = self._lattice(bucket.params)
+            self.update_(bucket, Dither(lattice, seed=self.seed, step=bucket.step, index=index))
             for param in bucket.params:
                 self.state[param]["step"] = bucket.step
         return loss
@@ -115,6 +126,14 @@ class BucketedOptimizer(torch.optim.Optimizer):
             self._buckets = [bucket for group in self.param_groups for bucket in self._new_buckets(group)]
         return self._buckets
 
+    def _lattice(self, params: Sequence[Tensor]) -> Tensor:
+        """The dither's lattice on their device; one serves all buckets."""
+        device, numel = params[0].device, sum(p.numel() for p in params)
+        lattice = self._lattices.get(device)
+        if lattice is None or len(lattice) < numel:
+            lattice = self._lattices[device] = lattice_of(numel, device)
+        return lattice
+
     def _new_buckets(self, group: dict[str, Any]) -> Iterator[Bucket]:
         params = [p for p in group["params"] if p.grad is not None]
         keys: list[Hashable] = [(p.device, p.dtype, self.state[p].get("step", 0)) for p in params]
@@ -130,16 +149,10 @@ class BucketedOptimizer(torch.optim.Optimizer):
             dtype = self.state_dtype(params[0])
             parts = [torch.zeros_like(p) if old is None else old for p, old in zip(params, olds, strict=True)]
             rows[name] = torch.cat([part.reshape(-1).to(dtype) for part in parts])
-            for state, view in zip(states, _views(rows[name], params), strict=True):
+            for state, view in zip(states, pieces(rows[name], params), strict=True):
                 state[name] = view
         step = states[0].get("step", 0)
         return Bucket(params=params, hyper=group, step=step, rows=rows)
-
-
-def _views(row: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """Cut a row [N] into views with the parameters' shapes."""
-    pieces = row.split([p.numel() for p in params])
-    return [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)]
 
 
 def _runs(params: Sequence[nn.Parameter], keys: Sequence[Hashable]) -> Iterator[list[nn.Parameter]]:

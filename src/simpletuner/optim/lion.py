@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from simpletuner.optim.bucketed import Bucket, BucketedOptimizer
-from simpletuner.optim.rounding import RoundingNoise
+from simpletuner.optim.bucketed import Bucket, BucketedOptimizer, pieces
+from simpletuner.optim.rounding import Dither
 
 
 class Lion(BucketedOptimizer):
@@ -35,12 +35,16 @@ class Lion(BucketedOptimizer):
     def state_dtype(self, param: nn.Parameter) -> torch.dtype:
         return param.dtype
 
-    def update_(self, bucket: Bucket, noise: RoundingNoise) -> None:
+    def update_(self, bucket: Bucket, dither: Dither) -> None:
         lr, weight_decay = bucket.hyper["lr"], bucket.hyper["weight_decay"]
         beta1, beta2 = bucket.hyper["betas"]
-        grads = bucket.gradients()
         momentum = bucket.rows["exp_avg"].float()
-        direction = momentum.lerp(grads, 1 - beta1).sign_()
-        values = bucket.values().mul_(1 - lr * weight_decay).sub_(direction, alpha=lr)
-        bucket.store_values_(values, noise)
-        bucket.store_state_("exp_avg", momentum.lerp(grads, 1 - beta2), noise)
+        values, grads = bucket.operands()
+        momenta = pieces(momentum, values)
+        directions = torch._foreach_lerp(momenta, grads, 1 - beta1)
+        torch._foreach_sign_(directions)
+        torch._foreach_mul_(values, 1 - lr * weight_decay)
+        torch._foreach_add_(values, directions, alpha=-lr)
+        torch._foreach_lerp_(momenta, grads, 1 - beta2)
+        bucket.store_values_(values, dither)
+        bucket.store_state_("exp_avg", momentum, dither)
