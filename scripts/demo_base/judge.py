@@ -45,7 +45,8 @@ def psnr(restored: Pixels, original: Pixels) -> float:
 
 def _small(picture: Image.Image) -> Pixels:
     pixels = _pixels(picture.resize((32, 32), Image.Resampling.BOX))
-    return pixels - pixels.mean((0, 1))
+    centred: Pixels = pixels - pixels.mean((0, 1))
+    return centred
 
 
 def _correlation(one: Pixels, other: Pixels) -> float:
