@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from simpletuner.adapters.assistant import ASSISTANT_NAME, activate_with_assistant_, attach_assistant
 from simpletuner.adapters.files import LoraInfo, save_lora
@@ -104,3 +105,22 @@ def test_an_assistant_of_another_model_is_refused(tmp_path):
     with pytest.raises((ConfigError, ModelError)) as caught:
         attach_assistant(model(), path, dtype=torch.float32)
     assert "blocks.9.mixer" in str(caught.value)
+
+
+def test_modules_of_different_rank_and_alpha_keep_their_own_strength(tmp_path):
+    draws = torch.Generator().manual_seed(4)
+    contents, merged, trained = {}, model(), model()
+    for name, rank, alpha in (("layers.0.attention.to_q", 2, 1.0), ("layers.1.feed_forward.w1", 3, 6.0)):
+        weight = merged.get_submodule(name).weight
+        down, up = torch.randn(rank, weight.shape[1], generator=draws), torch.randn(len(weight), rank, generator=draws)
+        weight.data += alpha / rank * 0.1 * up @ down
+        stem = f"diffusion_model.{name}"
+        contents |= {
+            f"{stem}.lora_A.weight": down,
+            f"{stem}.lora_B.weight": 0.1 * up,
+            f"{stem}.alpha": torch.tensor(alpha),
+        }
+    save_file(contents, tmp_path / "assistant.safetensors")
+    attach_assistant(trained, tmp_path / "assistant.safetensors", dtype=torch.float32)
+    assert torch.allclose(predict(trained), predict(merged), atol=1e-4)
+    assert not torch.allclose(predict(trained), predict(model()), atol=1e-2)

@@ -31,7 +31,7 @@ def test_rates_stay_between_end_and_peak_and_no_update_is_wasted(kind, cycles):
     assert sum(value == 0 for value in values[:-1]) <= cycles - 1  # sine may touch 0 between arches
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SCHEDULES if kind != "sine"])
+@pytest.mark.parametrize("kind", [name for name, row in SCHEDULES.items() if row.warms_up])
 def test_warm_up_is_linear_from_its_first_share_to_the_peak(kind):
     values = rates(kind, warmup_steps=10)
     assert values[:10] == pytest.approx([PEAK * n / 10 for n in range(1, 11)])
@@ -76,10 +76,10 @@ def test_sine_has_one_top_per_cycle_and_is_symmetric():
     assert inner == pytest.approx(inner[::-1])
 
 
-def test_warm_up_only_lowers_the_first_part_of_sine():
-    plain, warm = rates("sine"), rates("sine", warmup_steps=8)
-    assert all(w < p for w, p in zip(warm[:7], plain[:7], strict=True))
-    assert warm[7:] == plain[7:]
+@pytest.mark.parametrize("kind", [name for name, row in SCHEDULES.items() if not row.warms_up])
+def test_what_does_not_warm_up_ignores_the_steps_and_does_not_warn_of_them(kind):
+    assert rates(kind, warmup_steps=8) == rates(kind)
+    assert schedule_problems(ScheduleSettings(kind=kind, learning_rate=PEAK, warmup_steps=8), 5) == ()
 
 
 def test_a_run_of_no_steps_and_a_warm_up_longer_than_the_run_are_defined():

@@ -19,8 +19,8 @@ from simpletuner.adapters.lora import (
     LoraSettings,
     activate_,
     apply_lora,
-    load_adapter_state,
     set_scale,
+    start_from_,
 )
 from simpletuner.adapters.targets import linear_names
 
@@ -35,10 +35,11 @@ def attach_assistant(model: nn.Module, file: Path, *, dtype: torch.dtype) -> Lor
         ModelError: the file is damaged, holds something else than LoRA, or is for another model.
     """
     assistant = load_lora(file, linear_names(model))
-    modules = dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in assistant.tensors)
-    settings = LoraSettings(rank=assistant.info.rank, alpha=assistant.info.alpha, targets=tuple(modules))
+    # Modules may differ in rank and alpha: the largest rank holds them all, and `start_from_` keeps their scales.
+    rank = max(t.shape[0] for key, t in assistant.tensors.items() if key.endswith(".lora_A.weight"))
+    settings = LoraSettings(rank=rank, alpha=rank, targets=tuple(assistant.scales))
     report = apply_lora(model, settings, dtype=dtype, adapter_name=ASSISTANT_NAME, option="/assistant_lora_path")
-    load_adapter_state(model, assistant.tensors, ASSISTANT_NAME)
+    start_from_(model, assistant, settings, ASSISTANT_NAME)
     model.requires_grad_(False)
     return report
 

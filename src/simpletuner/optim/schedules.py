@@ -42,11 +42,11 @@ def learning_rate_at(step: int, *, settings: ScheduleSettings, total_steps: int)
     assert 0 <= step <= total_steps, (step, total_steps)
     peak, end = settings.learning_rate, settings.end
     if settings.kind == "sine":
-        warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-        return end + (peak - end) * warm * _sine_arch(settings.num_cycles, (step + 1) / (total_steps + 1))
-    if step < settings.warmup_steps:
+        return end + (peak - end) * _sine_arch(settings.num_cycles, (step + 1) / (total_steps + 1))
+    row = SCHEDULES[settings.kind]
+    if row.warms_up and step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
-    if not SCHEDULES[settings.kind].ends:
+    if not row.ends:
         return peak
     decay_steps = total_steps - settings.warmup_steps
     progress = (step - settings.warmup_steps) / decay_steps if decay_steps > 0 else 1.0
@@ -55,7 +55,8 @@ def learning_rate_at(step: int, *, settings: ScheduleSettings, total_steps: int)
 
 def schedule_problems(settings: ScheduleSettings, total_steps: int) -> tuple[Problem, ...]:
     """Warn about a warm-up that is as long as the run or longer: nothing of the schedule would follow it."""
-    if settings.warmup_steps == 0 or settings.warmup_steps < total_steps:
+    warms_up = SCHEDULES[settings.kind].warms_up and settings.warmup_steps > 0
+    if not warms_up or settings.warmup_steps < total_steps:
         return ()
     params = {"warmup_steps": settings.warmup_steps, "total_steps": total_steps}
     return (Problem(code="W-OPTIM-WARMUP", severity=Severity.WARNING, params=params, path="/lr_warmup_steps"),)
