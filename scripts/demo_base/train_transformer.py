@@ -6,6 +6,7 @@ alone once `vae`, `text_encoder` and `tokenizer` lie in the base folder:
 """
 
 import argparse
+import json
 import multiprocessing
 import random
 import time
@@ -188,6 +189,10 @@ def export(transformer: ZImageTransformer, base: Path) -> None:
     ).save_pretrained(base)
     for path in base.rglob("*.safetensors"):
         path.chmod(0o644)  # readable by whoever installs the package
+    for path in base.rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # a folder of the machine that trained it
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _encode_part(base: Path, seed: int, num_scenes: int, size: scenes.Size) -> tuple[Tensor, list[str]]:
