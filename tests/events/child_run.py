@@ -6,6 +6,7 @@ steps=N (1000)  step=SECONDS (0.01)  mode=train|busy|load|start|fork  look=plain
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -112,6 +113,8 @@ def fork_a_worker() -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGHUP"):  # under nohup it comes ignored, and then stays ignored by design
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         code = main(*sys.argv[1:])
     except SimpletunerError as error:

@@ -309,7 +309,7 @@ def test_at_a_terminal_ctrl_c_is_answered_and_the_run_saved(tmp_path, language, 
         os.environ.update(COLUMNS="100", LINES="30", TERM="xterm-256color")
         os.execv(
             sys.executable,
-            [sys.executable, str(child), str(tmp_path), "look=rich", f"lang={language}", "steps=500", "step=0.02"],
+            [sys.executable, str(child), str(tmp_path), "look=rich", f"lang={language}", "steps=50", "step=0.4"],
         )
     screen = read_until(terminal, "lr 1e-4")
     os.write(terminal, b"\x03")
@@ -325,7 +325,7 @@ def test_at_a_terminal_ctrl_c_is_answered_and_the_run_saved(tmp_path, language, 
 
 def read_until(terminal: int, needle: str | None) -> str:
     """What the terminal shows until `needle` appears; None: until the other side is closed."""
-    seen, end = b"", time.monotonic() + 20
+    seen, end = b"", time.monotonic() + 60
     while time.monotonic() < end and (needle is None or needle not in seen.decode("utf-8", "replace")):
         if select.select([terminal], [], [], 0.1)[0]:
             try:
