@@ -274,6 +274,15 @@ def test_table_of_flavours_is_complete(page: Path):
     }
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "README.es.md"], ids=shown)
+def test_ratios_are_the_measured_ones(page: Path):
+    row = re.compile(r"^\| (?:tiny|mid)[^|]*\| (1 x|4 mixed)[^|]*\|.*\*\*(\d\.\d\d)\*\* \|", re.MULTILINE)
+    ratios = row.findall(read(ROOT / "docs" / "performance.md"))
+    one, four = ([ratio for batch, ratio in ratios if batch == wanted] for wanted in ("1 x", "4 mixed"))
+    told = re.findall(r"(0\.\d\d) (?:to|a) (0\.\d\d)", prose(page))
+    assert told == [(min(one), max(one)), (min(four), max(four))]
+
+
 @each_pair
 def test_both_languages_have_the_same_outline(english: Path, spanish: Path):
     assert [level for level, _ in _HEADING.findall(prose(english))] == [
