@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -56,15 +57,16 @@ class Clocks:
         return timed
 
 
-def measure(steps: int) -> dict[str, object]:
-    """Train `steps` steps in a temporary project; return the shares."""
+def measure(size_name: str, steps: int, threads: int) -> dict[str, object]:
+    """Train `steps` steps of a model in a temporary project; return the shares. Runs in a process of its own."""
+    torch.set_num_threads(threads)
     clocks = Clocks()
     ZImageTransformer.forward = clocks.around("forward", ZImageTransformer.forward, begins_step=True)  # type: ignore[method-assign]
     torch.Tensor.backward = clocks.around("backward", torch.Tensor.backward)  # type: ignore[method-assign]
     BucketedOptimizer.step = clocks.around("optimizer", BucketedOptimizer.step)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_project(root)
+        write_project(root, size_name)
         os.chdir(root)
         arguments = ["train", "--log-format", "json", "--max_train_steps", str(steps), "--output_dir", "output"]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -82,18 +84,20 @@ def measure(steps: int) -> dict[str, object]:
             "not_the_model_share": 1 - (parts["forward"] + parts["backward"]) / total,
             "neither_model_nor_optimizer_share": 1 - sum(parts.values()) / total,
         }
-    return {"steps": count, "aim": AIM, **shares}
+    return {"size": size_name, "steps": count, **shares}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "mid"])
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    result = measure(args.steps)
+    torch.set_num_threads(args.threads)  # what the result says of the machine
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        rows = [pool.apply(measure, (size, args.steps, args.threads)) for size in args.sizes]
+    result = {"aim": AIM, "rows": rows}
     print(json.dumps(result, indent=2))
     if not args.no_save:
         print(save_result("overhead", result))

@@ -18,8 +18,8 @@ COLOURS = ("red", "green", "blue", "orange", "purple", "teal")
 WORDS = ("a photo of a small ball", "on the table", "in the garden", "near an old house", "with long soft shadows")
 
 
-def save_pipeline(folder: Path) -> None:
-    """Write the pipeline in diffusers' layout: 6.7 M transformer, 4-layer Qwen3 of width 256, small VAE."""
+def save_pipeline(folder: Path, size_name: str = "tiny") -> None:
+    """Write the pipeline in diffusers' layout: a transformer of a size of SIZES, a 4-layer Qwen3, a small VAE."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from diffusers import (
@@ -31,7 +31,7 @@ def save_pipeline(folder: Path) -> None:
         from tokenizers import ByteLevelBPETokenizer
         from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    size = SIZES["tiny"]
+    size = SIZES[size_name]
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator([*WORDS, *COLOURS], vocab_size=400, show_progress=False)
     merges = json.loads(trained._tokenizer.to_str())["model"]["merges"]

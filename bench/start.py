@@ -88,9 +88,9 @@ def _cpu_seconds(process: psutil.Process) -> float:
     return sum(sum(p.cpu_times()[:2]) for p in (process, *process.children(recursive=True)))
 
 
-def write_project(root: Path) -> None:
+def write_project(root: Path, size_name: str = "tiny") -> None:
     """A model, a folder of images and a configuration, as a user has them."""
-    save_pipeline(root / "model")
+    save_pipeline(root / "model", size_name)
     save_images(root / "images", NUM_IMAGES)
     (root / "config").mkdir()
     config = {
