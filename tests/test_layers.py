@@ -22,7 +22,7 @@ LAYERS: dict[str, set[str]] = {
     "catalog": BASE,
     "config": BASE | {"events", "catalog"},
 }
-L2 = ("data", "models", "adapters", "optim", "memory")
+L2 = ("data", "models", "adapters", "optim", "memory", "quant")
 LAYERS |= {folder: BASE | {"events", "catalog"} for folder in L2}
 LAYERS["validation"] = BASE | {"events", "catalog", "config", *L2}
 LAYERS["train"] = LAYERS["validation"] | {"validation"}

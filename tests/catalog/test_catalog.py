@@ -44,7 +44,7 @@ def test_spellings_lead_to_rows():
     assert {choice for _, choice in PRECISION_SPELLINGS} <= PRECISIONS.keys()
     assert {choice for _, choice in SCHEDULE_SPELLINGS} <= SCHEDULES.keys()
     assert options()["base_model_precision"].default in PRECISIONS
-    assert PRECISIONS["no_change"].available
+    assert PRECISIONS["no_change"].refused is None
 
 
 def test_an_option_of_ours_is_not_called_missing():

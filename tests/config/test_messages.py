@@ -31,7 +31,14 @@ OPTIONS = {
     "W-NOT-YET-MEMORY": ({"ramtorch": True, "musubi_blocks_to_swap": 4}, ["ramtorch, musubi_blocks_to_swap"]),
     "W-NOT-YET-SPEED": ({"fuse_qkv_projections": True}, ["fuse_qkv_projections"]),
     "W-NOT-YET-OTHER": ({"use_ema": "true"}, ["use_ema"]),
-    "E-VALUE-NOT-YET": ({"base_model_precision": "int8"}, ["int8-torchao", "no_change"]),
+    "E-VALUE-NOT-YET": ({"lora_type": "lycoris"}, ["lora_type = lycoris", "standard"]),
+    "E-PRECISION-COARSE": ({"base_model_precision": "int2-quanto"}, ["int2-quanto", "nf4-bnb"]),
+    "E-PRECISION-FORMAT": ({"base_model_precision": "fp8-native"}, ["fp8-native", "fp8wo-torchao"]),
+    "E-PRECISION-GRADIENTS": ({"base_model_precision": "int8dq-torchao"}, ["int8dq-torchao", "int8-torchao"]),
+    "E-PRECISION-SDNQ": (
+        {"text_encoder_precision": "int8-sdnq"},
+        ["text_encoder_precision = int8-sdnq", "int8-torchao"],
+    ),
     "E-VARIABLE-MISSING": ({"output_dir": "{env:NOPE}"}, ["output_dir", "NOPE"]),
     "E-VALUE-FLAG": ({"debug": "maybe"}, ["debug", "maybe", "true"]),
     "E-VALUE-INTEGER": ({"lora_rank": 1.5}, ["lora_rank", "1.5"]),
@@ -234,5 +241,6 @@ def test_every_text_is_asserted_above():
         "W-VARIABLE-UNKNOWN",
         "W-CONFIG-UNREAD",
         "I-LENGTH-OVERRIDDEN",
+        "E-LIBRARY-MISSING",
     }
     assert known == apart | BROKEN_JSON.keys() | OPTIONS.keys() | DATASETS.keys() | WORDS.keys()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.models.files import WeightFiles, fingerprint, read_header
+from simpletuner.models.tensors import read_tensor, write_tensors
 from simpletuner.models.weights import resolve_pipeline
 from simpletuner.models.z_image.layouts import text_encoder_keys, to_comfy, transformer_keys
 from simpletuner.models.z_image.load import load_transformer
@@ -354,3 +355,34 @@ def test_a_fingerprint_of_a_large_file_sees_every_tensor(tmp_path: Path) -> None
             file.seek(tensor.start)
             file.write(b"\0" * (tensor.stop - tensor.start))
         assert fingerprint(files) == plain
+
+
+def test_a_number_format_that_torch_lacks_is_named(write: Any, tensors: Mapping[str, Tensor]) -> None:
+    files = write(tensors)
+    path = files.shards[0]
+    raw = path.read_bytes()
+    # As long as the name that it replaces, so that the header keeps its length.
+    path.write_bytes(raw.replace(b'"F32"', b'"F3X"', 1))
+    assert codes(files) == ["E-MODEL-TENSOR"]
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    expected = {
+        "half": torch.randn(3, 5, generator=generator).bfloat16(),
+        "codes": torch.randint(0, 255, (7, 1), generator=generator, dtype=torch.uint8),
+        "float8": torch.randn(4, 4, generator=generator).to(torch.float8_e4m3fn),
+        "scalar": torch.tensor(2.5),
+        "turned": torch.randn(4, 6, generator=generator).t(),
+        "empty": torch.empty(0, 3),
+    }
+    path = tmp_path / "new" / "x.safetensors"
+    write_tensors(path, expected, {"b": "2", "a": "1"})
+    header = read_header(path)
+    assert header.metadata == {"a": "1", "b": "2"}
+    with path.open("rb", buffering=0) as file:
+        found = {stored.name: read_tensor(file, stored) for stored in header.tensors}
+    library = load_file(path)
+    for name, tensor in expected.items():
+        for other in (found[name], library[name]):
+            assert other.dtype == tensor.dtype and torch.equal(other.float(), tensor.float()), name

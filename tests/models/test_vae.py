@@ -36,7 +36,7 @@ def test_latents_equal_the_scaled_mode_of_the_posterior(
         mode = pipeline.vae.encode(images_BCHW).latent_dist.mode()
     ours = codec.encode(images_BCHW)
     assert ours.shape == (2, 16, height_px // codec.factor, width_px // codec.factor)
-    torch.testing.assert_close(ours, (mode - 0.1159) * 0.3611, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, (mode - 0.1159) * 0.3611, rtol=1e-6, atol=2e-6)
 
 
 def test_images_equal_the_pipelines_decoding(codec: LatentCodec, pipeline: Any) -> None:

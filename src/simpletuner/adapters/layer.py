@@ -8,11 +8,22 @@ in backward. Here both additions happen inside the matrix products, which saves 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@runtime_checkable
+class FrozenBase(Protocol):
+    """A frozen base layer that keeps its weight in a form of its own and multiplies by it itself, without a graph."""
+
+    def multiply(self, x_RI: Tensor) -> Tensor:
+        """W x + b [R, O] of rows [R, I], in their dtype; a new tensor."""
+
+    def multiply_transposed(self, x_RO: Tensor) -> Tensor:
+        """W^T x [R, I] of rows [R, O], in their dtype; a new tensor."""
 
 
 class LoraLinear(nn.Module):
@@ -24,6 +35,7 @@ class LoraLinear(nn.Module):
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._base_multiplies_itself = isinstance(base_layer, FrozenBase)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
@@ -46,8 +58,10 @@ class LoraLinear(nn.Module):
         return self.base_layer.weight
 
     @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
+    def device(self) -> torch.device:
+        """Where it computes."""
+        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
+        return tensors[0].device
 
     @property
     def in_features(self) -> int:
@@ -68,15 +82,16 @@ class LoraLinear(nn.Module):
         scales = tuple(self.scales[name] * self.strengths[name] for name in self.active)
         pairs = [self.pair(name) for name in self.active]
         drops = self.training and any(self.dropouts[name] > 0 for name in self.active)
-        if drops or type(base) is not nn.Linear or base.weight.requires_grad:
+        is_plain = type(base) is nn.Linear and not base.weight.requires_grad
+        if drops or not (is_plain or self._base_multiplies_itself):
             return self._general_forward(x, scales, pairs)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         flat = [weight for pair in pairs for weight in pair]
-        return cast("Tensor", _LowRankLinear.apply(x.to(dtype), base.weight, base.bias, scales, *flat))
+        return cast("Tensor", _LowRankLinear.apply(x.to(dtype), base, scales, *flat))
 
     def _general_forward(self, x: Tensor, scales: tuple[float, ...], pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """With dropout, or around a base that is trained or quantised: the formula, left to autograd."""
+        """With dropout, or around a base that is trained or of a library's own: the formula, left to autograd."""
         out = self.base_layer(x)
         for name, scale, (down, up) in zip(self.active, scales, pairs, strict=True):
             inner = F.linear(F.dropout(x, self.dropouts[name], self.training), down.to(x.dtype))
@@ -88,28 +103,29 @@ class LoraLinear(nn.Module):
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """In x's dtype, whatever the weights' dtypes. W and b are frozen; so is a pair that needs no gradient."""
+    """In x's dtype, whatever the weights' dtypes. The base is frozen; so is a pair that needs no gradient.
+
+    The graph holds the base layer, not its weight: a layer may keep that elsewhere until backward comes.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: tuple[float, ...], *pairs: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: nn.Linear | FrozenBase, scales: tuple[float, ...], *pairs: Tensor) -> Tensor:
         dtype, rows = x.dtype, x.reshape(-1, x.shape[-1])
         inners = []
         with torch.autocast(x.device.type, enabled=False):
-            out = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+            out = _multiply(base, rows)
             for down, up, scale in zip(pairs[::2], pairs[1::2], scales, strict=True):
                 inner = rows @ down.to(dtype).t()
                 out.addmm_(inner, up.to(dtype).t(), alpha=scale)
                 inners.append(inner)
-        ctx.save_for_backward(x, weight, *pairs, *inners)
-        ctx.scales = scales
+        ctx.save_for_backward(x, *pairs, *inners)
+        ctx.base, ctx.scales = base, scales
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *saved = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
         count = len(ctx.scales)
         downs, ups, inners = saved[: 2 * count : 2], saved[1 : 2 * count : 2], saved[2 * count :]
         dtype, rows, gradient = x.dtype, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
@@ -117,13 +133,25 @@ class _LowRankLinear(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * (2 * count)
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                x_gradient = gradient @ weight.to(dtype)
+                x_gradient = _multiply_transposed(ctx.base, gradient)
             for index, (down, up, inner, scale) in enumerate(zip(downs, ups, inners, ctx.scales, strict=True)):
                 inner_gradient = (gradient @ up.to(dtype)).mul_(scale)
-                if ctx.needs_input_grad[4 + 2 * index]:
+                if ctx.needs_input_grad[3 + 2 * index]:
                     gradients[2 * index] = (inner_gradient.t() @ rows).to(down.dtype)
-                if ctx.needs_input_grad[5 + 2 * index]:
+                if ctx.needs_input_grad[4 + 2 * index]:
                     gradients[2 * index + 1] = (gradient.t() @ inner).mul_(scale).to(up.dtype)
                 if x_gradient is not None:
                     x_gradient.addmm_(inner_gradient, down.to(dtype))
-        return (None if x_gradient is None else x_gradient.view_as(x), None, None, None, *gradients)
+        return (None if x_gradient is None else x_gradient.view_as(x), None, None, *gradients)
+
+
+def _multiply(base: nn.Linear | FrozenBase, x_RI: Tensor) -> Tensor:
+    if type(base) is not nn.Linear:
+        return cast("FrozenBase", base).multiply(x_RI)
+    return F.linear(x_RI, base.weight.to(x_RI.dtype), None if base.bias is None else base.bias.to(x_RI.dtype))
+
+
+def _multiply_transposed(base: nn.Linear | FrozenBase, x_RO: Tensor) -> Tensor:
+    if type(base) is not nn.Linear:
+        return cast("FrozenBase", base).multiply_transposed(x_RO)
+    return x_RO @ base.weight.to(x_RO.dtype)

@@ -199,7 +199,7 @@ def _with_adapters(model: nn.Module, name: str) -> LoraLinear:
 
 def _initial_pair(layer: LoraLinear, name: str, settings: LoraSettings, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Random A and zero B. A is drawn on the CPU: the same on every device."""
-    device = layer.weight.device
+    device = layer.device
     digest = hashlib.blake2b(f"{settings.seed}/{name}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     down = torch.empty(settings.rank, layer.in_features)

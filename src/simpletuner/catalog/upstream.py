@@ -53,8 +53,7 @@ _MEMORY_FLAGS = """
 _MEMORY_VALUES = """
     group_offload_type group_offload_blocks_per_group group_offload_to_disk_path ramtorch_target_modules
     ramtorch_transformer_percent ramtorch_text_encoder_percent musubi_blocks_to_swap musubi_block_swap_device=cpu
-    text_encoder_precision text_encoder_1_precision text_encoder_2_precision text_encoder_3_precision
-    text_encoder_4_precision quantization_config optimizer_cpu_offload_method deepspeed_config
+    quantization_config optimizer_cpu_offload_method deepspeed_config
     gradient_checkpointing_segment_stride gradient_checkpointing_backend=torch
     gradient_checkpointing_offload_pin_memory_max_buckets accelerator_cache_clear_interval
 """
@@ -79,7 +78,7 @@ _OTHER_FLAGS = """
 """
 _OTHER_VALUES = """
     ema_device=cpu ema_update_interval ema_decay ema_warmup_steps ema_validation lycoris_config lora_format
-    init_lora_step init_lora_ema validation_lycoris_strength quantize_via gradient_precision huber_schedule huber_c
+    init_lora_step init_lora_ema validation_lycoris_strength gradient_precision huber_schedule huber_c
     masked_loss_probability=1,1.0 input_perturbation_steps noise_offset noise_offset_probability
     flow_beta_schedule_alpha flow_beta_schedule_beta flow_timesteps_mode mixflow_gamma
     scheduled_sampling_strategy scheduled_sampling_prob_start scheduled_sampling_prob_end

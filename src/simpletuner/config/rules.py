@@ -14,6 +14,7 @@ from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSI
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.catalog.schedules import SCHEDULES
+from simpletuner.config.libraries import is_installed
 from simpletuner.config.paths import is_file
 from simpletuner.config.root import Config, options
 from simpletuner.config.settings import Origin, OriginKind
@@ -269,8 +270,12 @@ def lycoris_is_not_there_yet(c: Config, origins: Origins) -> Problem | None:
 
 @limit("base_model_precision")
 def precision_is_available(c: Config, origins: Origins) -> Problem | None:
-    name = c.memory.base_model_precision
-    return None if PRECISIONS[name].available else _beyond("base_model_precision", name, "no_change")
+    return _refused_precision("base_model_precision", c.memory.base_model_precision)
+
+
+@limit("text_encoder_precision")
+def text_encoder_precision_is_available(c: Config, origins: Origins) -> Problem | None:
+    return _refused_precision("text_encoder_precision", c.memory.text_encoder_precision)
 
 
 @limit("optimizer")
@@ -329,6 +334,17 @@ def _beyond(name: str, value: object, instead: object) -> Problem:
     """The run would train something else than what was asked for: refuse."""
     params = {"key": name, "value": value, "instead": instead}
     return Problem(code="E-VALUE-NOT-YET", params=params, fixes=(Fix(key=name, value=instead),))
+
+
+def _refused_precision(option: str, name: str) -> Problem | None:
+    row = PRECISIONS[name]
+    if row.refused is not None:
+        params = {"key": option, "value": name, "instead": row.instead}
+        return Problem(code=row.refused, params=params, fixes=(Fix(key=option, value=row.instead),))
+    if row.library is not None and not is_installed(row.library.module):
+        params = {"key": option, "value": name, "library": row.library.name}
+        return Problem(code="E-LIBRARY-MISSING", params=params, fixes=(Fix(key=option, value="int8-torchao"),))
+    return None
 
 
 def _unused(name: str, value: str) -> Problem:

@@ -57,6 +57,7 @@ class Header:
     size_bytes: int
     tensors: tuple[StoredTensor, ...]
     digest: bytes
+    metadata: Mapping[str, str]
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
@@ -94,13 +95,16 @@ def read_header(path: Path) -> Header:
     if len(raw) < length:
         raise _truncated(path, expected_bytes=_LENGTH_BYTES + length, found_bytes=size_bytes)
     try:
-        tensors = tuple(sorted(_entries(json.loads(raw), _LENGTH_BYTES + length), key=lambda tensor: tensor.start))
+        entries = json.loads(raw)
+        tensors = tuple(sorted(_entries(entries, _LENGTH_BYTES + length), key=lambda tensor: tensor.start))
+        metadata = {str(key): str(value) for key, value in entries.get("__metadata__", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _not_safetensors(path) from error
     expected_bytes = max((tensor.stop for tensor in tensors), default=_LENGTH_BYTES + length)
     if size_bytes < expected_bytes:
         raise _truncated(path, expected_bytes=expected_bytes, found_bytes=size_bytes)
-    return Header(path=path, size_bytes=size_bytes, tensors=tensors, digest=hashlib.sha256(raw).digest())
+    digest = hashlib.sha256(raw).digest()
+    return Header(path=path, size_bytes=size_bytes, tensors=tensors, digest=digest, metadata=metadata)
 
 
 def fingerprint(files: WeightFiles) -> str:

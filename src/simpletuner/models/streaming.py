@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from simpletuner.models.files import Header, StoredTensor, WeightFiles, read_header
+from simpletuner.models.tensors import read_tensor
 from simpletuner.problems import ModelError, Problem
 
 KeyMap = Callable[[str], Sequence[str]]
@@ -23,21 +24,46 @@ _QUANTISATION_MARKS = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_q
 _NUM_NAMED = 5
 
 
+OnProgress = Callable[[int, int], None]
+"""(bytes read, bytes to read)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """Linear layers that take another form as soon as their weight is read, so that it never lies in memory whole.
+
+    `make(weight [out, in])` returns the layer to put in the place of a linear layer without bias. It is given the
+    numbers as stored: on the device with `on_device`, else in main memory, and what it returns is then moved.
+    """
+
+    layers: frozenset[str]
+    make: Callable[[Tensor], nn.Module]
+    on_device: bool = True
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
     """Rows `start` to `stop` of a stored tensor are the parameter `name`; None: all of it."""
 
-    stored: str
+    stored: StoredTensor
     name: str
     rows: tuple[int, int] | None
 
 
 def load_weights_(
-    module: nn.Module, files: WeightFiles, *, keys: KeyMap, dtype: torch.dtype, device: torch.device
+    module: nn.Module,
+    files: WeightFiles,
+    *,
+    keys: KeyMap,
+    dtype: torch.dtype,
+    device: torch.device,
+    conversion: Conversion | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Replace every parameter and persistent buffer of `module`, made on the meta device, by the stored ones.
 
-    They arrive frozen, on `device`; floating-point ones in `dtype`. Everything is checked before anything is read.
+    They arrive frozen, on `device`; floating-point ones in `dtype`, but for the layers of `conversion`. Everything is
+    checked before anything is read; beside what is loaded, one tensor at a time is in memory.
 
     Raises:
         ModelError: a file is damaged, or what is stored and what the module has differ; every difference at once.
@@ -45,11 +71,38 @@ def load_weights_(
     headers = [read_header(shard) for shard in files.shards]
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     plan = _plan(headers, shapes, keys, files)
-    state: dict[str, Tensor] = {}
-    for path, pieces in plan.items():
-        state.update(_read(path, pieces, dtype=dtype, device=device))
-    module.load_state_dict(state, assign=True)
+    total_bytes = sum(tensor.stop - tensor.start for header in headers for tensor in header.tensors)
+    converted = conversion.layers if conversion is not None else frozenset()
+    for name, tensor, done_bytes in _read_all(plan):
+        layer = name.removesuffix(".weight")
+        if conversion is not None and layer in converted:
+            place_module_(module, layer, _convert(module.get_submodule(layer), tensor, conversion, device))
+        else:
+            place_tensor_(module, name, tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device))
+        if on_progress is not None:
+            on_progress(done_bytes, total_bytes)
     module.requires_grad_(False)
+
+
+def place_tensor_(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the parameter or buffer `name` of `module`, frozen."""
+    parent, _, last = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    is_parameter = last in owner._parameters
+    setattr(owner, last, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+def place_module_(module: nn.Module, name: str, replacement: nn.Module) -> None:
+    """Put `replacement` where `module` has its submodule `name`."""
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, replacement)
+
+
+def _convert(layer: nn.Module, weight: Tensor, conversion: Conversion, device: torch.device) -> nn.Module:
+    assert isinstance(layer, nn.Linear) and layer._parameters["bias"] is None
+    if conversion.on_device:
+        weight = weight.to(device)
+    return conversion.make(weight).train(layer.training).to(device)
 
 
 def stored_names(files: WeightFiles) -> frozenset[str]:
@@ -75,7 +128,7 @@ def _plan(
                 expected = _stacked([shapes[name] for name in names])
                 if tensor.shape != expected:
                     wrong.append(_shape_problem(header.path, tensor, expected))
-                pieces.extend(_split(tensor.name, names, shapes))
+                pieces.extend(_split(tensor, names, shapes))
     found = {piece.name for pieces in plan.values() for piece in pieces}
     missing = [name for name in shapes if name not in found]
     if missing or unexpected or wrong:
@@ -89,7 +142,7 @@ def _stacked(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def _split(stored: str, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> list[_Piece]:
+def _split(stored: StoredTensor, names: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> list[_Piece]:
     if len(names) == 1:
         return [_Piece(stored=stored, name=names[0], rows=None)]
     pieces, start = [], 0
@@ -100,18 +153,26 @@ def _split(stored: str, names: Sequence[str], shapes: Mapping[str, tuple[int, ..
     return pieces
 
 
-def _read(path: Path, pieces: Sequence[_Piece], *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    state = {}
-    with safe_open(path, framework="pt", device="cpu") as file:
-        for piece in pieces:
-            mapped: Tensor = file.get_tensor(piece.stored)
-            if piece.rows is not None:
-                mapped = mapped[slice(*piece.rows)]
-            # A copy even where nothing is converted: memory of our own stays valid if the file is replaced, and its
-            # alignment, on which the last bit of a matrix product may depend, is the same for every file.
-            own_dtype = dtype if mapped.is_floating_point() else mapped.dtype
-            state[piece.name] = torch.empty(mapped.shape, dtype=own_dtype, device=device).copy_(mapped)
-    return state
+def _read_all(plan: Mapping[Path, Sequence[_Piece]]) -> Iterator[tuple[str, Tensor, int]]:
+    """(parameter, its numbers as stored, bytes read so far), file by file, in the order in which they lie there."""
+    done_bytes = 0
+    for path, pieces in plan.items():
+        with path.open("rb", buffering=0) as file:
+            previous: StoredTensor | None = None
+            for piece in pieces:
+                if piece.stored is not previous:
+                    whole, previous = _read(file, piece.stored, path), piece.stored
+                    done_bytes += piece.stored.stop - piece.stored.start
+                # Of some rows a copy, aligned as ever: the last bit of a product may depend on the alignment.
+                yield piece.name, whole if piece.rows is None else whole[slice(*piece.rows)].clone(), done_bytes
+
+
+def _read(file: BinaryIO, stored: StoredTensor, path: Path) -> Tensor:
+    try:
+        return read_tensor(file, stored)
+    except (KeyError, EOFError) as error:
+        params = {"path": path, "name": stored.name, "dtype": stored.dtype}
+        raise ModelError(Problem(code="E-MODEL-TENSOR", params=params)) from error
 
 
 def _mismatch(

@@ -24,20 +24,24 @@ from simpletuner.adapters.lora import (
     trainable_parameters,
 )
 from simpletuner.adapters.targets import linear_names
+from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.root import Config
 from simpletuner.data.prompts import PromptStore
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import AdapterCreated, ModelLoaded
 from simpletuner.memory.checkpointing import apply_checkpointing
+from simpletuner.models.files import WeightFiles
 from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.load import load_transformer
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.transformer import ZImageTransformer, velocity
 from simpletuner.optim.build import OptimizerSettings, build_optimizer
 from simpletuner.optim.schedules import ScheduleSettings
+from simpletuner.quant.build import quantiser
 from simpletuner.train.context import ContextCache
 from simpletuner.train.device import Compute
 from simpletuner.train.flow import FlowSettings
+from simpletuner.train.kept import keep_transformer, kept_path, load_kept_transformer
 from simpletuner.train.step import StepSettings
 
 
@@ -108,14 +112,13 @@ def build_training(
 ) -> Training:
     """Load the transformer, then attach the assistant adapter, if there is one, and what is trained."""
     begun = time.monotonic()
-    with run.phase("transformer"):
-        transformer = load_transformer(files.transformer, dtype=compute.weights, device=compute.device)
-    num_params = sum(p.numel() for p in transformer.parameters())
+    transformer = _load_transformer(config, files=files.transformer, compute=compute, run=run)
+    precision = config.memory.base_model_precision
     run.emit(
         ModelLoaded(
             component="transformer",
-            num_params=num_params,
-            dtype=str(compute.weights).removeprefix("torch."),
+            num_params=transformer.num_params,
+            dtype=precision if PRECISIONS[precision].is_quantised else str(compute.weights).removeprefix("torch."),
             seconds=time.monotonic() - begun,
         )
     )
@@ -169,6 +172,38 @@ def build_training(
         optimizer=build_optimizer(config.optimizer.optimizer, params, optimizer_settings(config)),
         compute=compute,
     )
+
+
+def _load_transformer(config: Config, *, files: WeightFiles, compute: Compute, run: RunRecorder) -> ZImageTransformer:
+    """From the model's files, or from the quantised form that an earlier start has kept."""
+    precision, folder = config.memory.base_model_precision, config.memory.quantized_model_dir
+    kept = kept_path(Path(folder), precision) if folder and PRECISIONS[precision].keeps_plain_parts else None
+    with run.phase("transformer", unit="bytes") as progress:
+
+        def on_progress(done_bytes: int, total_bytes: int) -> None:
+            progress.update(done_bytes, total=total_bytes)
+
+        if kept is not None and kept.exists():
+            return load_kept_transformer(
+                kept,
+                files,
+                precision=precision,
+                dtype=compute.weights,
+                device=compute.device,
+                on_progress=on_progress,
+            )
+        transformer = load_transformer(
+            files,
+            dtype=compute.weights,
+            device=compute.device,
+            quantise=quantiser(precision, compute.weights),
+            quantise_on_device=config.memory.quantize_via != "cpu",
+            on_progress=on_progress,
+        )
+    if kept is not None:
+        with run.phase("quantised"):
+            keep_transformer(kept, transformer, files, precision=precision, dtype=compute.weights)
+    return transformer
 
 
 def lora_settings(config: Config) -> LoraSettings:

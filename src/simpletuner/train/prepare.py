@@ -22,6 +22,7 @@ from simpletuner.events.types import BucketCount, DatasetPlanned, DropCount
 from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.text import encoder_id, load_prompt_encoder
 from simpletuner.models.z_image.vae import codec_id, load_latent_codec
+from simpletuner.quant.build import quantiser
 from simpletuner.train.device import Compute
 
 _PROMPTS_PER_CALL = 4
@@ -82,15 +83,24 @@ def fill_prompt_cache(
 ) -> PromptStore:
     """Embeddings of all `prompts`; the text encoder is loaded only if one is missing."""
     dtype, max_tokens = compute.weights, config.model.tokenizer_max_length
+    precision = config.memory.text_encoder_precision
 
     def open_encoder() -> _Identified[Sequence[str], list[Tensor]]:
         with run.phase("text_encoder"):
             encoder = load_prompt_encoder(
-                files.text_encoder, files.tokenizer_dir, dtype=dtype, device=compute.device, max_tokens=max_tokens
+                files.text_encoder,
+                files.tokenizer_dir,
+                dtype=dtype,
+                device=compute.device,
+                max_tokens=max_tokens,
+                quantise=quantiser(precision, dtype),
+                quantise_on_device=config.memory.quantize_via != "cpu",
             )
         return _Identified(identity, encoder.encode)
 
-    identity = encoder_id(files.text_encoder, files.tokenizer_dir, dtype=dtype, max_tokens=max_tokens)
+    identity = encoder_id(
+        files.text_encoder, files.tokenizer_dir, dtype=dtype, max_tokens=max_tokens, precision=precision
+    )
     with run.phase("prompts", unit="prompts") as progress:
         store = cache_prompts(
             prompts,

@@ -12,7 +12,7 @@ Shape letters: B prompts, S tokens, D width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.models.files import WeightFiles, digest_files, fingerprint, read_json, unsupported
-from simpletuner.models.streaming import load_weights_
+from simpletuner.models.streaming import Conversion, load_weights_
 from simpletuner.models.z_image.layouts import text_encoder_keys
 from simpletuner.problems import ModelError, Problem
 
@@ -75,9 +75,14 @@ def load_prompt_encoder(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     max_tokens: int = MAX_TOKENS,
+    quantise: Callable[[Tensor], nn.Module] | None = None,
+    quantise_on_device: bool = True,
 ) -> PromptEncoder:
     """Load the text encoder without its last layer.
 
+    Args:
+        quantise: weight [out, in] -> the layer that takes the place of a linear layer of the decoder.
+        quantise_on_device: call it on `device` rather than in main memory.
     Raises:
         ModelError: the files are damaged or do not fit their config; E-MODEL-TOKENIZER, E-MODEL-NO-TEMPLATE.
     """
@@ -102,15 +107,27 @@ def load_prompt_encoder(
     model.norm = nn.Identity()
     model.rotary_emb = Qwen3RotaryEmbedding(config=config).to(device)  # computed, not stored: made anew off meta
     place = torch.device(device)
-    load_weights_(model, files, keys=text_encoder_keys(num_layers), dtype=dtype, device=place)
+    conversion = None
+    if quantise is not None:
+        layers = frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        conversion = Conversion(layers=layers, make=quantise, on_device=quantise_on_device)
+    load_weights_(model, files, keys=text_encoder_keys(num_layers), dtype=dtype, device=place, conversion=conversion)
     tokenizer = _load_tokenizer(tokenizer_dir)
     return PromptEncoder(model=model.eval(), tokenizer=tokenizer, max_tokens=max_tokens, device=place)
 
 
-def encoder_id(files: WeightFiles, tokenizer_dir: Path, *, dtype: torch.dtype, max_tokens: int = MAX_TOKENS) -> str:
+def encoder_id(
+    files: WeightFiles,
+    tokenizer_dir: Path,
+    *,
+    dtype: torch.dtype,
+    max_tokens: int = MAX_TOKENS,
+    precision: str = "no_change",
+) -> str:
     """Identity of the function from prompts to embeddings, for cache keys: 64 hex digits. Loads no weights."""
     tokenizer = digest_files(path for path in tokenizer_dir.iterdir() if path.is_file())
-    recipe = "\0".join((_RECIPE, fingerprint(files), tokenizer, str(dtype), str(max_tokens)))
+    quantised = () if precision == "no_change" else (precision,)
+    recipe = "\0".join((_RECIPE, fingerprint(files), tokenizer, str(dtype), str(max_tokens), *quantised))
     return hashlib.sha256(recipe.encode()).hexdigest()
 
 

@@ -260,6 +260,7 @@ class ZImageTransformer(nn.Module):
         self.x_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, config.dim))
         self.layers = nn.ModuleList([Block(config, modulated=True) for _ in range(config.n_layers)])
+        self.num_params = sum(parameter.numel() for parameter in self.parameters())  # whatever becomes of them
         self._layouts: OrderedDict[tuple[object, ...], Layout] = OrderedDict()
 
     @property
