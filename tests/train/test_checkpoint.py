@@ -14,14 +14,12 @@ from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import ConfigError, Severity
 from simpletuner.train import checkpoint as checkpoints
 from simpletuner.train.checkpoint import (
-    Recipe,
-    choose_checkpoint,
     delete_old_checkpoints,
-    find_checkpoints,
-    recipe_problems,
-    remove_unfinished,
+    load_adapter,
+    load_optimizer_state,
     save_checkpoint,
 )
+from simpletuner.train.resume import Recipe, choose_checkpoint, find_checkpoints, recipe_problems, remove_unfinished
 
 RECIPE = Recipe(
     seed=1,
@@ -50,8 +48,8 @@ def test_what_was_saved_is_read_back_exactly(tmp_path):
     save(tmp_path, 7, value=torch.pi)
     checkpoint = choose_checkpoint(tmp_path, "latest")
     assert (checkpoint.step, checkpoint.recipe) == (7, RECIPE)
-    assert torch.equal(checkpoint.adapter()["layers.0.to_q.lora_A.weight"], torch.full((4, 8), torch.pi))
-    state = checkpoint.optimizer_state()
+    assert torch.equal(load_adapter(checkpoint)["layers.0.to_q.lora_A.weight"], torch.full((4, 8), torch.pi))
+    state = load_optimizer_state(checkpoint)
     assert torch.equal(state["state"][0]["exp_avg"], torch.full((4, 8), torch.pi))
     assert state["param_groups"] == [{"lr": 0.1, "params": [0]}]
 
@@ -60,7 +58,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 7, value=1.0)
     save(tmp_path, 7, value=2.0)
     (checkpoint,) = find_checkpoints(tmp_path)
-    assert checkpoint.adapter()["layers.0.to_q.lora_A.weight"].unique().item() == 2.0
+    assert load_adapter(checkpoint)["layers.0.to_q.lora_A.weight"].unique().item() == 2.0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
@@ -94,7 +92,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, fails_at):
         save(tmp_path, 3, value=2.0)
     assert caught.value.problems[0].code == "E-DISK-FULL"
     (checkpoint,) = find_checkpoints(tmp_path)
-    assert checkpoint.adapter()["layers.0.to_q.lora_A.weight"].unique().item() == 1.0
+    assert load_adapter(checkpoint)["layers.0.to_q.lora_A.weight"].unique().item() == 1.0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 

@@ -12,7 +12,7 @@ from simpletuner.i18n import LANGUAGES, catalog, render_problem
 from simpletuner.problems import ConfigError, ExitCode, Problem, SimpletunerError
 from simpletuner.train import run as run_module
 from simpletuner.train.device import choose_compute, choose_device
-from simpletuner.train.run import total_updates
+from simpletuner.train.start import total_updates
 
 
 def config(*, epochs=0, steps=0, accumulation=1) -> Config:
@@ -71,9 +71,8 @@ def test_a_full_gpu_ends_with_remedies_and_its_own_exit_code(tmp_path, monkeypat
 
     monkeypatch.setattr(run_module._Run, "__init__", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(run_module._Run, "carry_out", full)
-    loaded = type("Loaded", (), {"warnings": ()})
     with pytest.raises(SimpletunerError) as caught:
-        run_module.train(loaded, run=Recorder, stop=None)
+        run_module.train(None, None, run=Recorder, stop=None)
     assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
     title, hint = render_problem(caught.value.problems[0], language)
     assert "CUDA out of memory" in title

@@ -221,7 +221,7 @@ def _is_live(path: Path) -> bool:
 
 def _row(status: RunStatus, call: _Call) -> list[str]:
     progress = status.snapshot.progress
-    step = f"{progress.step}/{progress.total_steps}" if progress.total_steps else "-"
+    step = f"{progress.step}/{progress.total_steps}" if progress.total_steps else str(progress.step or "-")
     loss = "-" if progress.loss is None else formats.significant(progress.loss, call.language)
     state = f"{_ICONS[status.state]} {call.say(f'runs.state.{status.state}')}"
     return [state, _name(status), step, loss, _age(status.snapshot.updated), str(status.path)]
@@ -232,6 +232,8 @@ def _headline(status: RunStatus, view: RunView, call: _Call) -> str:
     parts = [f"{_ICONS[status.state]} {_name(status)}", call.say(f"runs.state.{status.state}")]
     if progress.total_steps:
         parts.append(call.say("runs.step", step=progress.step, total=progress.total_steps))
+    elif progress.step:
+        parts.append(call.say("runs.step.alone", step=progress.step))
     remaining_s = view.remaining_s() if status.state == "running" else None
     if remaining_s:
         parts.append(call.say("console.left", duration=formats.rounded_duration(round_remaining(remaining_s))))

@@ -170,6 +170,11 @@ def advance(event: t.Event, snapshot: RunSnapshot) -> RunSnapshot:
 
 
 @advance.register
+def _(event: t.RunResumed, snapshot: RunSnapshot) -> RunSnapshot:
+    return replace(snapshot, progress=replace(snapshot.progress, step=event.step))
+
+
+@advance.register
 def _(event: t.RunPlanned, snapshot: RunSnapshot) -> RunSnapshot:
     progress = replace(snapshot.progress, total_steps=event.total_steps, step=event.start_step)
     return replace(snapshot, progress=progress)
