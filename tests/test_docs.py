@@ -204,7 +204,7 @@ def check_configuration(config: str, datasets: str, folder: Path) -> None:
     (folder / "config.json").write_text(config, encoding="utf-8")
     (folder / "multidatabackend.json").write_text(datasets, encoding="utf-8")
     try:
-        loaded = load_run_config([], environ={}, cwd=folder)
+        loaded = load_run_config([], environ={}, cwd=folder, check_folders=False)
     except ConfigError as error:
         pytest.fail(f"{error}\n{config}\n{datasets}")
     assert not loaded.warnings, config

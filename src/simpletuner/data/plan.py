@@ -69,6 +69,18 @@ def build_plan(
     return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets))
 
 
+def folder_problems(specs: Sequence[DatasetSpec]) -> list[Problem]:
+    """What a listing of the folders tells without reading a file: one that is missing, closed or without images."""
+    problems: list[Problem] = []
+    listings = _list_folders(specs, problems)
+    empty = {folder: listing for folder, listing in listings.items() if not listing.files}
+    for spec in specs:
+        listing = empty.pop(_absolute(spec.instance_data_dir), None)
+        if listing is not None:
+            problems.append(_empty_problem(spec, listing))
+    return problems
+
+
 def minimum_repeats(num_images: int, batch_size: int) -> int:
     """The smallest `repeats` with which `num_images` of one bucket fill a batch."""
     return -(-batch_size // num_images) - 1
