@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from simpletuner.adapters.files import LORA_FILE_NAME, save_lora
 from simpletuner.adapters.lora import disabled
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
+from simpletuner.config.root import Config, options
 from simpletuner.data.loader import Latents, iterate_batches
 from simpletuner.data.records import Plan
 from simpletuner.data.sampler import Sampler
@@ -22,6 +24,7 @@ from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
 from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, ProblemReported, RunPlanned
 from simpletuner.models.hub import Download
+from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.optim.build import restore_optimizer_
@@ -319,7 +322,7 @@ class _Run:
                 step=step,
                 recipe=recipe,
                 adapter=training.adapter_state(),
-                info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded)),
+                info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config)),
                 optimizer_state=training.optimizer.state_dict(),
             )
         self._run.emit(
@@ -336,7 +339,7 @@ class _Run:
     def _save_result(self, training: Training, step: int) -> Path:
         begun = time.monotonic()
         path = self._output_dir / LORA_FILE_NAME
-        info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded))
+        info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config))
         save_lora(path, training.adapter_state(), info)
         self._run.emit(
             CheckpointSaved(
@@ -382,6 +385,11 @@ def micro_batches(
         )
 
 
-def config_hash(loaded: LoadedConfig) -> str:
-    """16 hex digits that stand for the options, wherever they came from."""
-    return hashlib.sha256(loaded.config.model_dump_json().encode()).hexdigest()[:16]
+def config_hash(config: Config) -> str:
+    """16 hex digits that stand for the options, wherever they came from and wherever on this machine the files lie."""
+    values = {
+        name: public_name(str(value)) if option.opt.holds in ("path", "location") and value else value
+        for name, option in options().items()
+        for value in [config.option(name)]
+    }
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
