@@ -204,8 +204,8 @@ def test_errors_are_left_to_the_command_that_ends_with_them(story):
 
 @pytest.mark.parametrize("language", ["en", "es"])
 def test_a_crash_has_a_sentence(language):
-    problem = Problem(code="E-CRASH", params={"kind": "KeyError", "message": "'x'"})
-    title = {"en": "An unexpected error ended the run", "es": "Un error inesperado terminó la ejecución"}[language]
+    problem = Problem(code="E-UNEXPECTED", params={"kind": "KeyError", "message": "'x'"})
+    title = {"en": "An unexpected error", "es": "Un error inesperado"}[language]
     assert problem_lines(problem, language)[1] == f"{title}: KeyError: 'x'"
 
 

@@ -194,7 +194,10 @@ def _ask(call: _Call, status: RunStatus, kind: control.CommandKind, *, asked: st
     if call.args.json:
         print(to_text(encode(answer)), end="", flush=True)
     else:
-        print(call.say(f"runs.answer.{answer.message}", step=answer.step, path=path))
+        how = answer.message
+        if how == "stopped":
+            how = "stopped.saved" if path else "stopped.left" if answer.step else "stopped.early"
+        print(call.say(f"runs.answer.{how}", step=answer.step, path=path))
     return ExitCode.OK
 
 
