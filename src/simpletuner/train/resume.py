@@ -11,9 +11,18 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from simpletuner.data.records import PlanParts
 from simpletuner.problems import ConfigError, Problem, Severity
 
 STATE_FILE_NAME = "training_state.json"
+_OPTIONS = {
+    "batch_size": "train_batch_size",
+    "world_size": "num_processes",
+    "targets": "lora_targets",
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+}
+"""What a field of the recipe is called in a configuration, where that is another word."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -30,11 +39,12 @@ class Recipe:
     targets: tuple[str, ...]
     rank: int
     alpha: float
+    parts: PlanParts | None = None  # explain a difference of `plan`; older checkpoints have none
 
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
-        """Field -> (value here, value in `other`) where they differ."""
+        """Field -> (value here, value in `other`) where they differ; `parts` decide nothing."""
         mine, theirs = asdict(self), asdict(other)
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+        return {name: (mine[name], theirs[name]) for name in mine if name != "parts" and mine[name] != theirs[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +70,9 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         state = json.loads((path / STATE_FILE_NAME).read_text(encoding="utf-8"))
         if any((path / name).stat().st_size != size for name, size in state["files"].items()):
             return None
-        recipe = Recipe(**{**state["recipe"], "targets": tuple(state["recipe"]["targets"])})
+        stored = state["recipe"]
+        parts = PlanParts(**stored["parts"]) if stored.get("parts") else None
+        recipe = Recipe(**{**stored, "targets": tuple(stored["targets"]), "parts": parts})
         return Checkpoint(path=path, step=int(state["step"]), recipe=recipe)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -89,17 +101,45 @@ def choose_checkpoint(output_dir: Path, requested: str) -> Checkpoint | None:
 
 def recipe_problems(checkpoint: Checkpoint, recipe: Recipe) -> list[Problem]:
     """What differs between a checkpoint and this run: errors where it cannot go on, else warnings."""
-    problems = []
-    for name, (now, before) in recipe.differences(checkpoint.recipe).items():
-        blocks = name in ("targets", "rank", "optimizer")
+    name = checkpoint.path.name
+    problems: list[Problem] = []
+    for field, (now, before) in recipe.differences(checkpoint.recipe).items():
+        if field == "plan":
+            problems += _data_problems(name, before=checkpoint.recipe.parts, now=recipe.parts)
+            continue
+        blocks = field in ("targets", "rank", "optimizer")
         problems.append(
             Problem(
                 code="E-CHECKPOINT-INCOMPATIBLE" if blocks else "W-CHECKPOINT-DIFFERS",
                 severity=Severity.ERROR if blocks else Severity.WARNING,
-                params={"checkpoint": checkpoint.path.name, "what": name, "before": before, "now": now},
+                params={
+                    "checkpoint": name,
+                    "what": _OPTIONS.get(field, field),
+                    "before": _shown(before),
+                    "now": _shown(now),
+                },
             )
         )
     return problems
+
+
+def _data_problems(checkpoint: str, *, before: PlanParts | None, now: PlanParts | None) -> list[Problem]:
+    """What has changed in the data. Where images were added or taken away, captions and crops differ with them."""
+    params: dict[str, object] = {"checkpoint": checkpoint}
+    codes: list[str] = []
+    if before is not None and now is not None:
+        if before.images != now.images:
+            codes.append("W-CHECKPOINT-IMAGES")
+            params |= {"before": before.num_images, "now": now.num_images}
+        else:
+            codes += ["W-CHECKPOINT-CAPTIONS"] if before.captions != now.captions else []
+            codes += ["W-CHECKPOINT-CROPS"] if before.crops != now.crops else []
+        codes += ["W-CHECKPOINT-DATASETS"] if before.datasets != now.datasets else []
+    return [Problem(code=code, severity=Severity.WARNING, params=params) for code in codes or ["W-CHECKPOINT-DATA"]]
+
+
+def _shown(value: object) -> object:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def remove_unfinished(output_dir: Path) -> None:

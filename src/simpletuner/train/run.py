@@ -18,6 +18,7 @@ from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config, options
 from simpletuner.data.loader import Latents, iterate_batches
+from simpletuner.data.plan import plan_parts
 from simpletuner.data.records import Plan
 from simpletuner.data.sampler import Sampler
 from simpletuner.events.run_directory import RunRecorder
@@ -226,6 +227,7 @@ class _Run:
         return Recipe(
             seed=config.run.seed,
             plan=plan.fingerprint,
+            parts=plan_parts(plan),
             batch_size=config.optimizer.train_batch_size,
             gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
             world_size=1,
