@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -237,6 +239,31 @@ def test_stop_before_the_first_step_says_that_nothing_was_to_be_saved(tmp_path, 
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells")
+def test_a_suspended_run_is_shown_as_such_and_answers_when_it_goes_on(live):
+    pid = read_run(live).snapshot.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for_state(live, "suspended")
+        assert call("list").out.splitlines()[1].split()[:3] == ["‖", "suspended", "cat"]
+        assert "suspendida" in call("list", language="es").out
+        assert read_run(live).is_live
+        said = call("stop", "--no-wait")
+        assert f"kill -CONT {pid}" in said.err
+        assert "suspendida" in call("checkpoint", "--no-wait", language="es").err
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for_state(live, "stopped")
+    assert read_run(live).snapshot.ending.exit_code == 75
+
+
+def wait_for_state(path: Path, state: str) -> None:
+    end = time.monotonic() + 20
+    while read_run(path).state != state:
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_stop_by_force_ends_the_process(live):

@@ -40,6 +40,7 @@ _ICONS: dict[State, str] = {
     "starting": "◌",
     "running": "●",
     "stopping": "◍",
+    "suspended": "‖",
     "stopped": "■",
     "done": "✓",
     "failed": "✗",
@@ -178,6 +179,8 @@ def _ask(call: _Call, status: RunStatus, kind: control.CommandKind, *, asked: st
     """Send a command and wait for what becomes of it."""
     command_id = control.send(status.path, kind, save=save)
     print(asked, file=sys.stderr)
+    if status.state == "suspended":
+        print(call.say("runs.suspended", run=_name(status), pid=status.snapshot.pid), file=sys.stderr)
     if call.args.no_wait:
         return ExitCode.OK
     timeout_s = call.args.timeout
