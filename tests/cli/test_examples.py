@@ -68,7 +68,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
         (["copy", "demo", "more"], "more is not expected", "no se espera more"),
         (["copy", "demo", "--dest"], "--dest needs a value", "--dest necesita un valor"),
         (["list", "more"], "more is not expected", "no se espera more"),
-        (["lst"], "lst is not a command.\n  There are: list, copy.", "La orden lst no existe."),
+        (["lst"], "lst is not a command.\n  There are: list, copy.", "El comando lst no existe."),
     ],
 )
 def test_mistakes(capsys, words, english, spanish):

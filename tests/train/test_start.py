@@ -87,7 +87,7 @@ def test_a_restart_that_fails_early_is_shown_at_its_checkpoint(folder, capsys, l
     ("language", "words"),
     [
         ("en", "Stopped before the next step. The same command goes on from checkpoint-12."),
-        ("es", "Detenido antes del paso siguiente. La misma orden sigue desde checkpoint-12."),
+        ("es", "Detenido antes del paso siguiente. El mismo comando sigue desde checkpoint-12."),
     ],
 )
 def test_a_restart_that_is_stopped_early_says_where_it_goes_on(folder, capsys, language, words):
