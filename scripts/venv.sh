@@ -1,5 +1,6 @@
 # Sourced by train.sh, test.sh and scripts/check: makes .venv and installs the project into it when needed.
-# Usage: ensure_venv [EXTRA ...]     afterwards $venv_bin holds the environment's programs.
+# Usage: ensure_venv ROOT EXTRAS     EXTRAS is "cuda", "[cuda]" or "cuda,peft"; empty for none.
+# Afterwards $venv_bin holds the environment's programs.
 
 find_python() {
   local candidate
@@ -15,7 +16,8 @@ find_python() {
 }
 
 ensure_venv() {
-  local root="$1" extras="$2" python stamp wanted
+  local root="$1" extras="${2//[][ ]/}" python stamp wanted
+  extras="${extras:+[$extras]}"
   venv_bin="$root/.venv/bin"
   [ -d "$root/.venv/Scripts" ] && venv_bin="$root/.venv/Scripts"
   stamp="$root/.venv/.installed"

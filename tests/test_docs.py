@@ -204,7 +204,7 @@ def check_configuration(config: str, datasets: str, folder: Path) -> None:
     (folder / "config.json").write_text(config, encoding="utf-8")
     (folder / "multidatabackend.json").write_text(datasets, encoding="utf-8")
     try:
-        loaded = load_run_config([], environ={}, cwd=folder)
+        loaded = load_run_config([], environ={}, cwd=folder, check_folders=False)
     except ConfigError as error:
         pytest.fail(f"{error}\n{config}\n{datasets}")
     assert not loaded.warnings, config
@@ -213,7 +213,7 @@ def check_configuration(config: str, datasets: str, folder: Path) -> None:
 @each_written
 def test_names_in_the_text_are_options_or_keys(page: Path):
     """A name with underscores in backquotes is an option, a key of a dataset, or one of the few others."""
-    others = {"lora_rnk", "validation_images", "demo_dataset", "guidance_scale", "by_model"}
+    others = {"lora_rnk", "validation_images", "demo_dataset", "guidance_scale", "by_model", "load_lora_weights"}
     known = {*options(), *dataset_options("image"), *dataset_options("text_embeds"), *OPTIMIZERS, *others}
     aliases = {alias for option in options().values() for alias in option.opt.aliases}
     names = {word for word in _INLINE.findall(prose(page)) if _NAME.fullmatch(word)}

@@ -88,3 +88,26 @@ def test_the_language_is_chosen_in_order(requested, environ, language):
 def test_braces_in_values_stay_as_they_are():
     problem = Problem(code="E-KEY-UNKNOWN", params={"key": "{x}"})
     assert "{x}" in render_problem(problem, "en")[0]
+
+
+# One word for one thing: what a reader of the Spanish texts should never meet, and what is said instead.
+AVOIDED = {
+    r"conjuntos? de datos": "dataset",
+    r"cubetas?": "bucket",
+    r"línea de órdenes|la misma orden": "comando",
+    r"librerías?": "biblioteca",
+    r"directorios?": "carpeta",
+    r"ficheros?": "archivo",
+    r"puntos? de control": "checkpoint",
+    r"ritmo de aprendizaje": "tasa de aprendizaje",
+}
+ROOT = Path(__file__).resolve().parent.parent
+SPANISH = [*(PACKAGE / "locales" / "es").glob("*.json"), *ROOT.glob("*.es.md"), *(ROOT / "docs").rglob("*.es.md")]
+
+
+@pytest.mark.parametrize("path", sorted(SPANISH), ids=lambda path: path.name)
+def test_spanish_has_one_word_for_one_thing(path):
+    texts = " ".join(path.read_text(encoding="utf-8").split())  # over the ends of lines, too
+    for pattern, instead in AVOIDED.items():
+        found = re.search(rf"\b({pattern})\b", texts, re.IGNORECASE)
+        assert found is None, f"{found[0]!r}: say {instead!r}"

@@ -77,6 +77,14 @@ def test_light_layers_never_import_heavy_packages(layer):
                 assert not foreign, f"{path.relative_to(PACKAGE)} imports {foreign}"
 
 
+def test_what_a_run_settles_first_needs_no_torch():
+    """The data layer's numpy and Pillow are quick to import; torch takes seconds, and errors should not wait for it."""
+    heavy = HEAVY - {"numpy", "PIL"}
+    code = f"import sys, simpletuner.cli.train, simpletuner.train.start\nprint(sorted({heavy!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 def test_help_needs_no_heavy_package():
     code = (
         "import sys, contextlib, io\nfrom simpletuner.cli.main import main\n"

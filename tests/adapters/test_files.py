@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,25 @@ def test_the_metadata_says_what_the_file_is(tmp_path):
     assert metadata["global_step"] == "750"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "6.5")
     assert json.loads(metadata["simpletuner"])["config_hash"] == "0123abcd"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_adapters_give_equal_bytes_in_every_process(tmp_path, layout):
+    """The library keeps metadata in a map of random order, other in every process and for every file."""
+    state = adapter_state(adapted("attention"))
+    for name in ("a", "b", "c"):
+        save_lora(tmp_path / name, state, replace(INFO, comment='a \u00f1 \\ "quoted" \u2028 \x7f'), layout=layout)
+    first, *others = ((tmp_path / name).read_bytes() for name in ("a", "b", "c"))
+    assert others == [first, first]
+    header = json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
+    assert int.from_bytes(first[:8], "little") % 8 == 0
+    loaded = safetensors.torch.load_file(tmp_path / "a")
+    assert {key for key in loaded if not key.endswith(".alpha")} == {
+        key for key in header if key != "__metadata__" and not key.endswith(".alpha")
+    }
+    assert load_lora(tmp_path / "a").info.comment == 'a \u00f1 \\ "quoted" \u2028 \x7f'
+    assert keys_and_values_equal(dict(load_lora(tmp_path / "a").tensors), state)
 
 
 def renamed(state: dict[str, Tensor], style: str, alpha: float) -> dict[str, Tensor]:

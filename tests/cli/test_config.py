@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -16,6 +18,8 @@ def project(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config").mkdir()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "image.png").write_bytes(b"looked at by its name only")
     (tmp_path / "config/config.json").write_text('{\n "lora_rank": 4,\n "validation_disable": true\n}')
     (tmp_path / "config/multidatabackend.json").write_text('[{"id": "a", "instance_data_dir": "x"}]')
     return tmp_path
@@ -26,6 +30,30 @@ def test_a_valid_configuration(capsys):
     out, err = capsys.readouterr()
     assert out == "✓ config/config.json: no errors. Datasets: 1. Warnings: 0.\n"
     assert err == ""
+
+
+@pytest.mark.parametrize("language", ["en", "es"])
+def test_a_dataset_without_images_is_an_error_as_it_is_for_a_run(project, capsys, language):
+    (project / "x" / "image.png").unlink()
+    assert main(["config", "validate", "--lang", language]) == main(["train", "--lang", language]) == ExitCode.DATASET
+    assert capsys.readouterr().err.count('✗ E-DATASET-EMPTY\n  no images detected in dataset "a"') == 2
+    (project / "x").rmdir()
+    assert main(["config", "validate", "--lang", language]) == main(["train", "--lang", language]) == ExitCode.DATASET
+    told = '✗ E-DATASET-FOLDER-MISSING  config/multidatabackend.json:1\n  no images detected in dataset "a"'
+    assert capsys.readouterr().err.count(told) == 2
+    assert main(["config", "show"]) == 0
+    assert main(["config", "validate", "--json", "--lang", language]) == ExitCode.DATASET
+    assert '"code": "E-DATASET-FOLDER-MISSING"' in capsys.readouterr().out
+
+
+def test_validating_loads_no_torch_and_writes_nothing(project):
+    code = (
+        "import sys\nfrom simpletuner.cli.main import main\nmain(['config', 'validate'])\nprint('torch' in sys.modules)"
+    )
+    before = sorted(project.rglob("*"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert sorted(project.rglob("*")) == before
 
 
 def test_a_broken_one_in_spanish(project, capsys):
@@ -49,9 +77,9 @@ def test_a_broken_one_in_spanish(project, capsys):
 
 @pytest.mark.parametrize(("language", "words"), [("en", "cannot train it"), ("es", "no puede entrenarla")])
 def test_what_cannot_be_trained_yet_is_valid_but_said(capsys, language, words):
-    assert main(["config", "validate", "--base_model_precision=int8", "--lang", language]) == 0
+    assert main(["config", "validate", "--lora_type=lycoris", "--lang", language]) == 0
     out, err = capsys.readouterr()
-    assert "⚠ E-VALUE-NOT-YET  --base_model_precision" in err
+    assert "⚠ E-VALUE-NOT-YET  --lora_type" in err
     assert words in out
 
 

@@ -68,7 +68,7 @@ def test_help_in_both_languages(capsys, argv):
     assert main([*argv, "--lang=en"]) == 0
     english = capsys.readouterr().out
     assert spanish.startswith("SimpleTuner")
-    assert "Órdenes" in spanish
+    assert "Comandos" in spanish
     assert "Commands" in english
 
 
@@ -87,7 +87,7 @@ def test_an_unknown_command_is_guessed(capsys):
     error = capsys.readouterr().err
     assert error.startswith("✗ E-COMMAND-MISSPELT\n  trian is not a command. Did you mean train?")
     assert main(["qqq", "--lang=es"]) == ExitCode.USAGE
-    assert "La orden qqq no existe.\n  Hay estas: train, config, examples, runs." in capsys.readouterr().err
+    assert "El comando qqq no existe.\n  Hay estos: train, config, examples, runs." in capsys.readouterr().err
 
 
 def test_an_unknown_group(capsys):

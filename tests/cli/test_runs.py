@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -213,13 +215,55 @@ def test_commands_reach_the_run_and_bring_its_answer(live):
     assert (answer["ok"], answer["message"]) == (True, "saved")
     stop = call("stop", str(live))
     assert stop.err == "Asked cat to finish the present step, save and end.\n"
-    assert re.fullmatch(r"Stopped at step \d+\.\n", stop.out)
+    assert re.fullmatch(r"Stopped at step (\d+), saved in \S+cat/checkpoint-\1\n", stop.out)
     assert read_run(live).snapshot.ending.exit_code == 75
 
 
 def test_stop_without_saving(live):
-    assert call("stop", "--no-save", language="es").err == "Pedido a cat que termine tras el paso actual sin guardar.\n"
+    said = call("stop", "--no-save", language="es")
+    assert said.err == "Pedido a cat que termine tras el paso actual sin guardar.\n"
+    assert re.match(r"Detenida en el paso \d+ sin guardar\.", said.out)
     assert read_run(live).snapshot.ending.exit_code == 130
+
+
+@pytest.mark.parametrize(("language", "words"), [("en", "there was nothing to save"), ("es", "no había nada que")])
+def test_stop_before_the_first_step_says_that_nothing_was_to_be_saved(tmp_path, language, words):
+    path = tmp_path / "output" / "cat"
+    process = subprocess.Popen([sys.executable, str(CHILD), str(path), "mode=load"], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 20
+    while not (path / "ready").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    try:
+        assert words in call("stop", str(path), language=language).out
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells")
+def test_a_suspended_run_is_shown_as_such_and_answers_when_it_goes_on(live):
+    pid = read_run(live).snapshot.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for_state(live, "suspended")
+        assert call("list").out.splitlines()[1].split()[:3] == ["‖", "suspended", "cat"]
+        assert "suspendida" in call("list", language="es").out
+        assert read_run(live).is_live
+        said = call("stop", "--no-wait")
+        assert f"kill -CONT {pid}" in said.err
+        assert "suspendida" in call("checkpoint", "--no-wait", language="es").err
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for_state(live, "stopped")
+    assert read_run(live).snapshot.ending.exit_code == 75
+
+
+def wait_for_state(path: Path, state: str) -> None:
+    end = time.monotonic() + 20
+    while read_run(path).state != state:
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_stop_by_force_ends_the_process(live):

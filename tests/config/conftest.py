@@ -18,7 +18,8 @@ IMAGES = [{"id": "subject", "instance_data_dir": "datasets/subject"}]
 
 @dataclass(frozen=True, kw_only=True)
 class Project:
-    """`load` reads the configuration as `simpletuner train` in `folder` would."""
+    """`load` reads the configuration as `simpletuner train` in `folder` would; whether the folders of the datasets
+    are there is left to the tests that ask for it."""
 
     folder: Path
     environ: dict[str, str] = field(default_factory=dict)
@@ -29,9 +30,15 @@ class Project:
         path.write_text(content if isinstance(content, str) else json.dumps(content, indent=2), encoding="utf-8")
         return path
 
-    def load(self, *argv: str, must_run: bool = True, environ: Mapping[str, str] | None = None) -> LoadedConfig:
+    def load(
+        self,
+        *argv: str,
+        must_run: bool = True,
+        check_folders: bool = False,
+        environ: Mapping[str, str] | None = None,
+    ) -> LoadedConfig:
         environ = self.environ if environ is None else environ
-        return load_run_config(argv, environ=environ, cwd=self.folder, must_run=must_run)
+        return load_run_config(argv, environ=environ, cwd=self.folder, must_run=must_run, check_folders=check_folders)
 
     def problems(self, *argv: str, environ: Mapping[str, str] | None = None) -> tuple[Problem, ...]:
         """Everything that was found wrong or worth saying."""

@@ -81,6 +81,10 @@ OPTIONS = {
         ["validation_num_inference_steps = 4", "8"],
     ),
     "W-NO-PROMPT": ({"validation_disable": False}, ["validation_prompt", "user_prompt_library"]),
+    "W-PLACEHOLDER": (
+        {"validation_prompt": "The name of your subject  goes here", "validation_disable": False},
+        ["validation_prompt", "the name of your subject goes here"],
+    ),
     "W-CHECKPOINTING-OFF": (
         {"gradient_checkpointing": False, "gradient_checkpointing_interval": 2},
         ["gradient_checkpointing_interval"],

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from simpletuner.data.plan import minimum_repeats
+from simpletuner.data.plan import minimum_repeats, plan_parts
 from simpletuner.data.records import DropReason, Plan
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import CaptionSpec, DatasetSpec, ResizeSpec
@@ -82,6 +82,43 @@ def test_a_plan_does_not_depend_on_names_places_or_times(folder: Path, make_plan
         for plan in (before, after)
     ]
     assert orders[0] == orders[1]
+
+
+def test_the_parts_of_a_plan_say_what_has_changed(folder: Path, make_plan: MakePlan, save_image: SaveImage) -> None:
+    captions = CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("a cat",))
+    spec = spec_of(folder, captions=captions)
+    before = make_plan(spec)
+    (folder / "cat_0.png").rename(folder / "zzz.png")
+    assert plan_parts(make_plan(spec)) == plan_parts(before)
+    other = CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("a dog",))
+    changes: list[tuple[DatasetSpec, set[str]]] = [
+        (replace(spec, captions=other), {"captions"}),
+        (replace(spec, resize=ResizeSpec(resolution=320)), {"crops"}),
+        (replace(spec, resize=ResizeSpec(resolution=256, crop=True, crop_style="corner")), {"crops"}),
+        *((replace(spec, **change), {"datasets"}) for change in SETTINGS),
+        (replace(spec, max_num_samples=3), {"num_images", "images", "captions", "crops"}),
+    ]
+    for changed, expected in changes:
+        plan = make_plan(changed)
+        assert plan.fingerprint != before.fingerprint
+        assert parts_that_differ(before, plan) == expected
+    save_image(folder / "zzz.png", seed=99)
+    assert parts_that_differ(before, make_plan(spec)) == {"images", "captions", "crops"}
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"id": "other"},
+    {"repeats": 1},
+    {"probability": 0.5},
+    {"is_regularisation_data": True},
+    {"caption_dropout_probability": 0.5},
+    {"train_batch_size": 1},
+]
+
+
+def parts_that_differ(one: Plan, other: Plan) -> set[str]:
+    mine, theirs = asdict(plan_parts(one)), asdict(plan_parts(other))
+    return {name for name in mine if mine[name] != theirs[name]}
 
 
 def test_the_fingerprint_changes_with_all_that_training_sees(

@@ -17,7 +17,6 @@ def truncate(path, num_bytes=300):
     path.write_bytes(path.read_bytes()[:num_bytes])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("language", "hint"), [("en", "Put the images there"), ("es", "Pon ahí las imágenes")], ids=["en", "es"]
 )
@@ -30,7 +29,6 @@ def test_an_empty_folder(project, language, hint):
     assert hint in said
 
 
-@pytest.mark.slow
 def test_a_missing_folder_a_corrupt_image_and_an_empty_caption_are_all_named(project):
     images = project.root / "datasets" / "subject"
     truncate(images / "image_3.png")

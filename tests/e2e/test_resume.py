@@ -122,3 +122,13 @@ def test_cold_and_warm_caches_give_the_same_run(project):
     assert project.losses() == cold
     phases = {event["key"] for event in project.events() if event["event"] == "run.phase"}
     assert not phases & {"vae", "text_encoder"}, "nothing was missing, so nothing was loaded"
+
+
+@pytest.mark.slow
+def test_equal_runs_write_equal_files(project):
+    for folder in ("one", "another"):
+        done = project.run("train", "--output_dir", f"{folder}/ball")
+        assert done.returncode == 0, done.stderr
+    for file in (WEIGHTS, f"checkpoint-4/{WEIGHTS}", "checkpoint-4/optimizer.pt"):
+        one, another = (project.root / folder / "ball" / file for folder in ("one", "another"))
+        assert one.read_bytes() == another.read_bytes(), file

@@ -56,10 +56,10 @@ INFO    Done: step 40, 2 m 05 s
     "es": """\
 INFO    SimpleTuner 0.1.0 · config/config.json · ejecución cat
 INFO    imágenes: 26/26, 0,3 s
-INFO    cats: 24 imágenes, 48 muestras por época, 1 cubeta
+INFO    cats: 24 imágenes, 48 muestras por época, 1 bucket
 WARNING cats: 2 imágenes descartadas: más pequeñas que minimum_image_size
 INFO      modelo       z_image turbo · LoRA rank 16
-INFO      datos        1 conjunto · 24 imágenes · 1 cubeta · lote efectivo 1
+INFO      datos        1 dataset · 24 imágenes · 1 bucket · lote efectivo 1
 INFO      precisión    bf16 · gradient checkpointing
 INFO      dispositivo  RTX 4090 (cuda:0) · 24 GB (23 GB libres)
 INFO      plan         40 pasos (1 época) · validación cada 20 · checkpoint cada 20
@@ -158,9 +158,9 @@ def test_json_lines_are_the_journal(story):
     ("language", "exit_code", "step", "said"),
     [
         ("en", 75, 3, "Stopped at step 3; everything is saved. The same command goes on from here."),
-        ("es", 75, 3, "Detenido en el paso 3; todo está guardado. La misma orden sigue desde aquí."),
+        ("es", 75, 3, "Detenido en el paso 3; todo está guardado. El mismo comando sigue desde aquí."),
         ("en", 130, 3, "Stopped at step 3 without saving. The same command goes on from the last checkpoint."),
-        ("es", 130, 3, "Detenido en el paso 3 sin guardar. La misma orden sigue desde el último checkpoint."),
+        ("es", 130, 3, "Detenido en el paso 3 sin guardar. El mismo comando sigue desde el último checkpoint."),
         ("en", 130, 0, "Stopped before the first step. What was cached stays for the next start."),
         ("es", 130, 0, "Detenido antes del primer paso. Lo que está en caché queda para el próximo arranque."),
     ],
@@ -204,8 +204,8 @@ def test_errors_are_left_to_the_command_that_ends_with_them(story):
 
 @pytest.mark.parametrize("language", ["en", "es"])
 def test_a_crash_has_a_sentence(language):
-    problem = Problem(code="E-CRASH", params={"kind": "KeyError", "message": "'x'"})
-    title = {"en": "An unexpected error ended the run", "es": "Un error inesperado terminó la ejecución"}[language]
+    problem = Problem(code="E-UNEXPECTED", params={"kind": "KeyError", "message": "'x'"})
+    title = {"en": "An unexpected error", "es": "Un error inesperado"}[language]
     assert problem_lines(problem, language)[1] == f"{title}: KeyError: 'x'"
 
 

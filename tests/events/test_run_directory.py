@@ -127,7 +127,7 @@ def test_frequent_cache_progress_is_thinned_out_but_ends_complete(tmp_path):
     ("error", "state", "exit_code", "reason"),
     [
         (DatasetError(Problem(code="E-NO-IMAGES")), "failed", ExitCode.DATASET, "E-NO-IMAGES"),
-        (ZeroDivisionError("by zero"), "failed", ExitCode.FAILED, "E-CRASH"),
+        (ZeroDivisionError("by zero"), "failed", ExitCode.FAILED, "E-UNEXPECTED"),
         (KeyboardInterrupt(), "stopped", ExitCode.INTERRUPTED, "interrupted"),
     ],
 )
@@ -144,9 +144,9 @@ def test_a_crash_leaves_its_traceback_in_the_log_and_a_problem_in_the_journal(tm
         raise ZeroDivisionError("by zero")
     log = (tmp_path / "log.txt").read_text()
     assert "Traceback (most recent call last)" in log
-    assert "An unexpected error ended the run: ZeroDivisionError: by zero" in log
+    assert "An unexpected error: ZeroDivisionError: by zero" in log
     reported = [r.event for r in read(tmp_path / "events.jsonl") if isinstance(r.event, t.ProblemReported)]
-    assert [event.problem.code for event in reported] == ["E-CRASH"]
+    assert [event.problem.code for event in reported] == ["E-UNEXPECTED"]
 
 
 def test_nothing_is_recorded_after_the_end(tmp_path):

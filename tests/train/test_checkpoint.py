@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo
+from simpletuner.data.records import PlanParts
 from simpletuner.events.oserrors import FileSystemError
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import ConfigError, Severity
 from simpletuner.train import checkpoint as checkpoints
 from simpletuner.train.checkpoint import (
-    Recipe,
-    choose_checkpoint,
     delete_old_checkpoints,
-    find_checkpoints,
-    recipe_problems,
-    remove_unfinished,
+    load_adapter,
+    load_optimizer_state,
     save_checkpoint,
 )
+from simpletuner.train.resume import Recipe, choose_checkpoint, find_checkpoints, recipe_problems, remove_unfinished
 
 RECIPE = Recipe(
     seed=1,
@@ -46,12 +46,23 @@ def save(folder, step, *, value=1.0):
     return save_checkpoint(folder, step=step, recipe=RECIPE, adapter=adapter, info=info, optimizer_state=state)
 
 
+def test_what_explains_a_plan_is_saved_and_checkpoints_without_it_are_read(tmp_path):
+    path = save(tmp_path, 7).path / "training_state.json"
+    state = json.loads(path.read_text())
+    state["recipe"]["parts"] = asdict(PARTS)
+    path.write_text(json.dumps(state))
+    assert choose_checkpoint(tmp_path, "latest").recipe.parts == PARTS
+    del state["recipe"]["parts"]
+    path.write_text(json.dumps(state))
+    assert choose_checkpoint(tmp_path, "latest").recipe == RECIPE
+
+
 def test_what_was_saved_is_read_back_exactly(tmp_path):
     save(tmp_path, 7, value=torch.pi)
     checkpoint = choose_checkpoint(tmp_path, "latest")
     assert (checkpoint.step, checkpoint.recipe) == (7, RECIPE)
-    assert torch.equal(checkpoint.adapter()["layers.0.to_q.lora_A.weight"], torch.full((4, 8), torch.pi))
-    state = checkpoint.optimizer_state()
+    assert torch.equal(load_adapter(checkpoint)["layers.0.to_q.lora_A.weight"], torch.full((4, 8), torch.pi))
+    state = load_optimizer_state(checkpoint)
     assert torch.equal(state["state"][0]["exp_avg"], torch.full((4, 8), torch.pi))
     assert state["param_groups"] == [{"lr": 0.1, "params": [0]}]
 
@@ -60,7 +71,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 7, value=1.0)
     save(tmp_path, 7, value=2.0)
     (checkpoint,) = find_checkpoints(tmp_path)
-    assert checkpoint.adapter()["layers.0.to_q.lora_A.weight"].unique().item() == 2.0
+    assert load_adapter(checkpoint)["layers.0.to_q.lora_A.weight"].unique().item() == 2.0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
@@ -94,7 +105,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, fails_at):
         save(tmp_path, 3, value=2.0)
     assert caught.value.problems[0].code == "E-DISK-FULL"
     (checkpoint,) = find_checkpoints(tmp_path)
-    assert checkpoint.adapter()["layers.0.to_q.lora_A.weight"].unique().item() == 1.0
+    assert load_adapter(checkpoint)["layers.0.to_q.lora_A.weight"].unique().item() == 1.0
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
@@ -135,11 +146,35 @@ def test_an_unknown_checkpoint_is_refused_with_what_there_is(tmp_path, steps, co
 def test_other_options_warn_or_refuse(tmp_path):
     checkpoint = save(tmp_path, 5)
     assert recipe_problems(checkpoint, RECIPE) == []
-    changed = Recipe(**{**vars(RECIPE), "rank": 8, "plan": "other"})
+    changed = Recipe(**{**vars(RECIPE), "rank": 8, "batch_size": 3})
     problems = {problem.params["what"]: problem for problem in recipe_problems(checkpoint, changed)}
-    assert (problems["rank"].severity, problems["plan"].severity) == (Severity.ERROR, Severity.WARNING)
-    assert "8" in render_problem(problems["rank"], "es")[0]
-    assert "plan" in render_problem(problems["plan"], "en")[0]
+    assert problems.keys() == {"lora_rank", "train_batch_size"}
+    assert (problems["lora_rank"].severity, problems["train_batch_size"].severity) == (Severity.ERROR, Severity.WARNING)
+    assert "lora_rank era 4 y ahora es 8" in render_problem(problems["lora_rank"], "es")[0]
+    assert "another train_batch_size (2, now 3)" in render_problem(problems["train_batch_size"], "en")[0]
+
+
+PARTS = PlanParts(num_images=24, images="i", captions="c", crops="g", datasets="d")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "codes", "words"),
+    [
+        (PARTS, replace(PARTS, images="x", captions="x", crops="x", num_images=25), ["IMAGES"], ["24", "25"]),
+        (PARTS, replace(PARTS, captions="x"), ["CAPTIONS"], []),
+        (PARTS, replace(PARTS, crops="x", datasets="x"), ["CROPS", "DATASETS"], []),
+        (None, PARTS, ["DATA"], []),  # a checkpoint of an earlier version
+    ],
+)
+def test_other_data_is_told_in_words(tmp_path, before, now, codes, words):
+    checkpoint = replace(save(tmp_path, 5), recipe=replace(RECIPE, parts=before))
+    problems = recipe_problems(checkpoint, replace(RECIPE, plan="0123abcd", parts=now))
+    assert [problem.code for problem in problems] == [f"W-CHECKPOINT-{code}" for code in codes]
+    for language in LANGUAGES:
+        title = render_problem(problems[0], language)[0]
+        assert all(word in title for word in ["checkpoint-5", *words])
+        assert "0123abcd" not in title
+    assert recipe_problems(checkpoint, replace(RECIPE, parts=now)) == []  # the same plan, whatever explains it
 
 
 def test_the_state_file_is_plain_json(tmp_path):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from simpletuner.adapters.files import save_lora
 from simpletuner.config.root import Config
 from simpletuner.config.sections.optimizer import OptimizerSection
 from simpletuner.config.sections.run import RunSection
 from simpletuner.i18n import LANGUAGES, catalog, render_problem
 from simpletuner.problems import ConfigError, ExitCode, Problem, SimpletunerError
 from simpletuner.train import run as run_module
+from simpletuner.train.build import lora_info, lora_settings
 from simpletuner.train.device import choose_compute, choose_device
-from simpletuner.train.run import total_updates
+from simpletuner.train.run import config_hash
+from simpletuner.train.start import total_updates
 
 
 def config(*, epochs=0, steps=0, accumulation=1) -> Config:
@@ -26,6 +31,28 @@ def test_the_length_of_a_run():
     assert total_updates(config(steps=7), 100) == 7
     assert total_updates(config(epochs=3), 10) == 30
     assert total_updates(config(epochs=3, accumulation=4), 10) == 7
+
+
+def test_a_result_says_nothing_of_where_things_lie(tmp_path, monkeypatch):
+    def told(folder: Path, location: str) -> str:
+        (folder / "base").mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(folder)
+        options = config(steps=3)
+        options = options.model_copy(
+            update={
+                "run": options.run.model_copy(update={"output_dir": str(folder / "output" / "cat")}),
+                "model": options.model.model_copy(update={"pretrained_model_name_or_path": location}),
+            }
+        )
+        info = lora_info(options, lora_settings(options), step=3, config_hash=config_hash(options))
+        save_lora(folder / "lora", {"to_q.lora_A.weight": torch.ones(16, 2)}, info)
+        return (folder / "lora").read_bytes()
+
+    here = told(tmp_path / "here", str(tmp_path / "here" / "base"))
+    assert str(tmp_path).encode() not in here
+    assert b'"ss_base_model_version":"base"' in here
+    assert here == told(tmp_path / "there", str(tmp_path / "there" / "base")) == told(tmp_path / "there", "./base")
+    assert b'"ss_base_model_version":"Tongyi-MAI/Z-Image"' in told(tmp_path / "here", "Tongyi-MAI/Z-Image")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -71,9 +98,8 @@ def test_a_full_gpu_ends_with_remedies_and_its_own_exit_code(tmp_path, monkeypat
 
     monkeypatch.setattr(run_module._Run, "__init__", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(run_module._Run, "carry_out", full)
-    loaded = type("Loaded", (), {"warnings": ()})
     with pytest.raises(SimpletunerError) as caught:
-        run_module.train(loaded, run=Recorder, stop=None)
+        run_module.train(None, None, run=Recorder, stop=None)
     assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
     title, hint = render_problem(caught.value.problems[0], language)
     assert "CUDA out of memory" in title

@@ -66,6 +66,8 @@ def save_lora(path: Path, tensors: Mapping[str, Tensor], info: LoraInfo, *, layo
     the right strength. "diffusers" writes what diffusers' own `save_lora_weights` does, `transformer.` names with alpha
     in the metadata; ComfyUI takes such a file for alpha = rank.
 
+    Equal arguments give equal bytes.
+
     Raises:
         FileSystemError: the file cannot be written (full disk, no permission); an older file of that name is intact.
     """
@@ -76,7 +78,7 @@ def save_lora(path: Path, tensors: Mapping[str, Tensor], info: LoraInfo, *, layo
         downs = [key for key in contents if key.endswith(Role.DOWN.value)]
         contents |= {key.removesuffix(Role.DOWN.value) + "alpha": torch.tensor(info.alpha) for key in downs}
     metadata = _metadata(info, tensors, layout)
-    _write(path, safetensors.torch.save(contents, metadata=metadata))
+    _write(path, _with_sorted_metadata(safetensors.torch.save(contents, metadata=metadata)))
 
 
 def load_lora(path: Path, module_names: Sequence[str] = ()) -> LoraFile:
@@ -128,6 +130,16 @@ def _metadata(info: LoraInfo, tensors: Mapping[str, Tensor], layout: str) -> dic
         config = {"r": info.rank, "lora_alpha": info.alpha, "target_modules": modules}
         metadata[_DIFFUSERS_METADATA] = json.dumps({f"transformer.{k}": v for k, v in config.items()})
     return metadata
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order of the keys: the library writes them in a random one."""
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:header_end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return b"".join((len(text).to_bytes(8, "little"), text, data[header_end:]))
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -12,7 +12,7 @@ from simpletuner.cli.report import print_problems
 from simpletuner.config.load import LoadedConfig, load_run_config
 from simpletuner.config.paths import shown_path
 from simpletuner.i18n import render_problem, text
-from simpletuner.problems import ConfigError, ExitCode, Fix, Problem, Severity, SimpletunerError
+from simpletuner.problems import ConfigError, DatasetError, ExitCode, Fix, Problem, Severity, SimpletunerError
 
 ACTIONS = ("validate", "show", "explain", "schema")
 
@@ -40,7 +40,8 @@ def _validate(words: list[str], language: str) -> int:
     as_json, options = _take("--json", words)
     try:
         loaded = _load(options)
-    except ConfigError as error:
+        _check_datasets(loaded)
+    except (ConfigError, DatasetError) as error:
         if not as_json:
             raise
         print(_problems_json(error.problems, language))
@@ -64,7 +65,7 @@ def _show(words: list[str], language: str) -> int:
     as_json, words = _take("--json", words)
     with_origin, words = _take("--origin", words)
     only_changed, words = _take("--changed", words)
-    loaded = _load(words)
+    loaded = _load(words, check_folders=False)
     if as_json:
         print(effective_json(loaded), end="")
         return 0
@@ -101,9 +102,19 @@ def _schema(words: list[str]) -> int:
     return 0
 
 
-def _load(words: Sequence[str]) -> LoadedConfig:
+def _load(words: Sequence[str], *, check_folders: bool = True) -> LoadedConfig:
     """What this version cannot do yet is no mistake of the configuration: it is shown as a warning here."""
-    return load_run_config(words, environ=os.environ, cwd=Path.cwd(), must_run=False)
+    return load_run_config(words, environ=os.environ, cwd=Path.cwd(), must_run=False, check_folders=check_folders)
+
+
+def _check_datasets(loaded: LoadedConfig) -> None:
+    """Look into the folders as a run would, by their names only. Raises DatasetError."""
+    from simpletuner.data.plan import folder_problems
+    from simpletuner.train.start import dataset_spec
+
+    found = folder_problems([dataset_spec(dataset, loaded.config) for dataset in loaded.datasets.images])
+    if found:
+        raise DatasetError([*found, *loaded.warnings])
 
 
 def _take(flag: str, words: list[str]) -> tuple[bool, list[str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TextIO
 
@@ -13,30 +15,48 @@ from simpletuner.problems import Fix, Problem, Severity
 _MARKS = {Severity.ERROR: "✗", Severity.WARNING: "⚠", Severity.INFO: "·"}
 _COLORS = {Severity.ERROR: "31", Severity.WARNING: "33", Severity.INFO: "36"}
 
+_MIN_WIDTH = 40
+
 
 def print_problems(problems: Iterable[Problem], language: str, *, out: TextIO | None = None) -> None:
     """Print problems to `out` (standard error by default), a blank line between them."""
     out = sys.stderr if out is None else out
     colored = has_color(out, os.environ)
-    blocks = ["\n".join(problem_block(problem, language, colored=colored)) for problem in problems]
+    width = shutil.get_terminal_size().columns if out.isatty() else None
+    blocks = ["\n".join(problem_block(problem, language, colored=colored, width=width)) for problem in problems]
     if blocks:
         print("\n\n".join(blocks), file=out)
 
 
-def problem_block(problem: Problem, language: str, *, colored: bool = False) -> Iterator[str]:
-    """The lines of one problem."""
+def problem_block(problem: Problem, language: str, *, colored: bool = False, width: int | None = None) -> Iterator[str]:
+    """The lines of one problem; its sentences broken between words at `width`, where there is one."""
     mark = _MARKS[problem.severity]
     if colored:
         mark = f"\033[{_COLORS[problem.severity]}m{mark}\033[0m"
     yield "  ".join(part for part in (f"{mark} {problem.code}", problem.origin) if part)
     title, hint = render_problem(problem, language)
-    yield from (f"  {line}" for line in title.split("\n"))
-    if hint:
-        yield from (f"  {line}" for line in hint.split("\n"))
+    for line in f"{title}\n{hint}".split("\n") if hint else title.split("\n"):
+        yield from _broken(line, width)
     labels = [text("report.fix", language), *[text("report.or", language)] * len(problem.fixes)]
     width = max(map(len, labels))
     for label, fix in zip(labels, problem.fixes, strict=False):
         yield f"  {label:{width}}  {_fix_text(fix)}"
+
+
+def _broken(line: str, width: int | None) -> list[str]:
+    """A sentence as lines of at most `width` cells; a longer word, such as a path, has a line of its own."""
+    text = line.lstrip(" ")
+    indent = "  " + " " * (len(line) - len(text))
+    if width is None or len(indent) + len(text) <= width:
+        return [indent + text]
+    return textwrap.wrap(
+        text,
+        max(width, _MIN_WIDTH),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def has_color(out: TextIO, environ: Mapping[str, str]) -> bool:

@@ -40,6 +40,7 @@ _ICONS: dict[State, str] = {
     "starting": "◌",
     "running": "●",
     "stopping": "◍",
+    "suspended": "‖",
     "stopped": "■",
     "done": "✓",
     "failed": "✗",
@@ -178,6 +179,8 @@ def _ask(call: _Call, status: RunStatus, kind: control.CommandKind, *, asked: st
     """Send a command and wait for what becomes of it."""
     command_id = control.send(status.path, kind, save=save)
     print(asked, file=sys.stderr)
+    if status.state == "suspended":
+        print(call.say("runs.suspended", run=_name(status), pid=status.snapshot.pid), file=sys.stderr)
     if call.args.no_wait:
         return ExitCode.OK
     timeout_s = call.args.timeout
@@ -194,7 +197,10 @@ def _ask(call: _Call, status: RunStatus, kind: control.CommandKind, *, asked: st
     if call.args.json:
         print(to_text(encode(answer)), end="", flush=True)
     else:
-        print(call.say(f"runs.answer.{answer.message}", step=answer.step, path=path))
+        how = answer.message
+        if how == "stopped":
+            how = "stopped.saved" if path else "stopped.left" if answer.step else "stopped.early"
+        print(call.say(f"runs.answer.{how}", step=answer.step, path=path))
     return ExitCode.OK
 
 
@@ -221,7 +227,7 @@ def _is_live(path: Path) -> bool:
 
 def _row(status: RunStatus, call: _Call) -> list[str]:
     progress = status.snapshot.progress
-    step = f"{progress.step}/{progress.total_steps}" if progress.total_steps else "-"
+    step = f"{progress.step}/{progress.total_steps}" if progress.total_steps else str(progress.step or "-")
     loss = "-" if progress.loss is None else formats.significant(progress.loss, call.language)
     state = f"{_ICONS[status.state]} {call.say(f'runs.state.{status.state}')}"
     return [state, _name(status), step, loss, _age(status.snapshot.updated), str(status.path)]
@@ -232,6 +238,8 @@ def _headline(status: RunStatus, view: RunView, call: _Call) -> str:
     parts = [f"{_ICONS[status.state]} {_name(status)}", call.say(f"runs.state.{status.state}")]
     if progress.total_steps:
         parts.append(call.say("runs.step", step=progress.step, total=progress.total_steps))
+    elif progress.step:
+        parts.append(call.say("runs.step.alone", step=progress.step))
     remaining_s = view.remaining_s() if status.state == "running" else None
     if remaining_s:
         parts.append(call.say("console.left", duration=formats.rounded_duration(round_remaining(remaining_s))))

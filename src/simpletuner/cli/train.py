@@ -52,13 +52,17 @@ def run(argv: Sequence[str], language: str) -> int:
 
 
 def _train(loaded: LoadedConfig, recorder: RunRecorder, stop: StopRequest, language: str) -> int:
-    with stop.interruptible(), recorder.phase("environment"):
-        from simpletuner.train.run import train
+    with stop.interruptible():
+        from simpletuner.train.start import settle_start
+
+        start = settle_start(loaded, run=recorder)
+        with recorder.phase("environment"):
+            from simpletuner.train.run import train
 
     def heading(step: int) -> str:
         return text("sheet.step", language, step=step) if step else text("sheet.base", language)
 
-    return int(train(loaded, run=recorder, stop=stop, headings=heading).exit_code)
+    return int(train(loaded, start, run=recorder, stop=stop, headings=heading).exit_code)
 
 
 def _own_parser() -> argparse.ArgumentParser:

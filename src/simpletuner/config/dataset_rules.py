@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from simpletuner.config.datasets import ImageDataset
+from simpletuner.config.placeholder import SUBJECT_PLACEHOLDER, has_placeholder
 from simpletuner.config.size_rules import DATASET_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
-from simpletuner.problems import Fix, Problem
+from simpletuner.problems import Fix, Problem, Severity
 
 SIZE_KEYS = ("resolution", "resolution_type", "maximum_image_size", "target_downsample_size")
 
 
 def broken_dataset_rules(dataset: ImageDataset, *, written: frozenset[str]) -> Iterator[Problem]:
     """The problems of one dataset; their paths name keys. `written` are the keys of the entry itself: what is wrong
-    with inherited sizes alone is told once, for the run."""
+    with inherited sizes or an inherited prompt alone is told once, for the run."""
     checks: tuple[Callable[[ImageDataset], Problem | None], ...] = (_prompt, _aspects, _aspect_range)
     for check in checks:
         problem = check(dataset)
@@ -22,6 +23,9 @@ def broken_dataset_rules(dataset: ImageDataset, *, written: frozenset[str]) -> I
     problem = _sizes(dataset) if written & set(SIZE_KEYS) else None
     if problem is not None:
         yield problem
+    if "instance_prompt" in written and any(map(has_placeholder, dataset.instance_prompt)):
+        params = {"key": "instance_prompt", "text": SUBJECT_PLACEHOLDER}
+        yield Problem(code="W-PLACEHOLDER", severity=Severity.WARNING, params=params, path="/instance_prompt")
 
 
 def _sizes(dataset: ImageDataset) -> Problem | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from simpletuner.config.dataset_rules import broken_dataset_rules
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset, TextEmbeds, dataset_options
 from simpletuner.config.fields import Option
 from simpletuner.config.json_text import JsonDocument, escape_pointer, parse_json, read_text, repeated_key_warnings
-from simpletuner.config.paths import fill_path, is_file, shown_path
+from simpletuner.config.paths import fill_path, is_file, is_folder, shown_path
 from simpletuner.config.root import Config
 from simpletuner.config.settings import Origin, OriginKind, Setting
 from simpletuner.config.values import show
@@ -26,11 +26,13 @@ TEXT_EMBEDS_KINDS = ("text_embeds", "text_embed")
 @dataclass(frozen=True, kw_only=True)
 class DatasetsResult:
     """`config` is None if there is no usable dataset; then `problems` says why. `refused`: what asks for something
-    that this version cannot do and that would change the result. `lines`: JSON pointer -> line."""
+    that this version cannot do and that would change the result. `absent`: folders that are not there. `lines`: JSON
+    pointer -> line."""
 
     config: DatasetsConfig | None
     problems: tuple[Problem, ...] = ()
     refused: tuple[Problem, ...] = ()
+    absent: tuple[Problem, ...] = ()
     lines: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -62,6 +64,7 @@ class _Reader:
         self._cwd = cwd
         self._problems = repeated_key_warnings(document, shown)
         self._refused: list[Problem] = []
+        self._absent: dict[str, Problem] = {}
 
     def read(self, path: Path) -> DatasetsResult:
         images: list[ImageDataset] = []
@@ -95,6 +98,7 @@ class _Reader:
             config=config if config is not None and config.images else None,
             problems=tuple(self._problems),
             refused=tuple(self._refused),
+            absent=tuple(self._absent.values()),
             lines=self._document.lines,
         )
 
@@ -187,9 +191,15 @@ class _Reader:
         for problem in () if problems else broken_dataset_rules(built, written=written):
             self._problems.append(self._about(problem, f"{pointer}{problem.path}", name))
         cache_dir = built.cache_dir_vae or f"{self._config.data.cache_dir}/vae/{{id}}"
+        folder = fill_path(built.instance_data_dir, self._cwd)
+        if folder not in self._absent and not is_folder(Path(folder)):
+            place = f"{pointer}/instance_data_dir"
+            params = {"id": name, "folder": folder}
+            problem = self._problem("E-DATASET-FOLDER-MISSING", place, Severity.ERROR, **params)
+            self._absent[folder] = problem
         return built.model_copy(
             update={
-                "instance_data_dir": fill_path(built.instance_data_dir, self._cwd),
+                "instance_data_dir": folder,
                 "cache_dir_vae": self._cache_path(cache_dir, built.id),
             }
         )
@@ -231,8 +241,7 @@ class _Reader:
         params = dict(problem.params)
         if "key" in params:
             params["key"] = f"{name}.{params['key']}"
-        origin = self._place(pointer)
-        return Problem(code=problem.code, params=params, origin=origin, path=pointer, fixes=problem.fixes)
+        return replace(problem, params=params, origin=self._place(pointer), path=pointer)
 
     def _add(self, code: str, pointer: str, *, fixes: tuple[Fix, ...] = (), **params: object) -> None:
         self._problems.append(self._problem(code, pointer, Severity.ERROR, fixes, **params))

@@ -21,7 +21,7 @@ from simpletuner.config.rules import broken_rules
 from simpletuner.config.search import FoundConfig, find_config
 from simpletuner.config.settings import DEFAULT_ORIGIN, Origin, Setting
 from simpletuner.config.values import show
-from simpletuner.problems import ConfigError, Fix, Problem, Severity
+from simpletuner.problems import ConfigError, DatasetError, Fix, Problem, Severity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +41,15 @@ class LoadedConfig:
 
 
 def load_run_config(
-    argv: Sequence[str], *, environ: Mapping[str, str], cwd: Path, must_run: bool = True
+    argv: Sequence[str], *, environ: Mapping[str, str], cwd: Path, must_run: bool = True, check_folders: bool = True
 ) -> LoadedConfig:
     """Read everything that says how a run is to be. Flags win over the environment, it over files, they over the
     flavour, it over defaults.
 
     `argv` are the words after the command's own flags. Without `must_run`, what this version knows but cannot do yet
     (quantisation, say) is a warning, so that a configuration can be checked and shown; a run must not start from it.
-    Raises ConfigError with every problem at once.
+    Without `check_folders`, the folders of the datasets need not be there: what is shown may belong elsewhere.
+    Raises ConfigError with every problem at once; DatasetError if only folders of datasets are missing.
     """
     gathered = _gather(argv, environ, cwd)
     winners, problems, refused = _resolve(gathered.settings, environ)
@@ -65,8 +66,11 @@ def load_run_config(
     problems += (_with_origin(problem, origins) for problem in datasets.problems)
     refused += datasets.refused
     problems += refused if must_run else (replace(p, severity=Severity.WARNING) for p in refused)
+    is_wrong = any(problem.severity is Severity.ERROR for problem in problems)
+    problems += datasets.absent if check_folders else ()
     if any(problem.severity is Severity.ERROR for problem in problems):
-        raise ConfigError(sorted(problems, key=lambda problem: problem.severity is not Severity.ERROR))
+        told = sorted(problems, key=lambda problem: problem.severity is not Severity.ERROR)
+        raise ConfigError(told) if is_wrong else DatasetError(told)
     assert datasets.config is not None
     return LoadedConfig(
         config=config,

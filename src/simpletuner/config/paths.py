@@ -57,6 +57,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder; False for names that the file system cannot have."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def path_exists(path: Path) -> bool:
     """Whether there is such a file or folder; False for names that the file system cannot have."""
     try:

@@ -16,6 +16,7 @@ from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.catalog.schedules import SCHEDULES
 from simpletuner.config.libraries import is_installed
 from simpletuner.config.paths import is_file
+from simpletuner.config.placeholder import SUBJECT_PLACEHOLDER, has_placeholder
 from simpletuner.config.root import Config, options
 from simpletuner.config.settings import Origin, OriginKind
 from simpletuner.config.size_rules import GLOBAL_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
@@ -205,6 +206,29 @@ def prompt_library_exists(c: Config, origins: Origins) -> Problem | None:
     return Problem(code="E-PATH-FILE", params={"key": "user_prompt_library", "value": library})
 
 
+@rule("validation_prompt", "validation_disable")
+def validation_names_the_subject(c: Config, origins: Origins) -> Problem | None:
+    prompt = "" if c.validation.validation_disable else c.validation.validation_prompt or ""
+    return _unnamed("validation_prompt") if has_placeholder(prompt) else None
+
+
+@rule("user_prompt_library", "validation_disable")
+def prompt_library_names_the_subject(c: Config, origins: Origins) -> Problem | None:
+    library = c.validation.user_prompt_library
+    if c.validation.validation_disable or library is None or not is_file(Path(library)):
+        return None
+    try:
+        content = Path(library).read_text(encoding="utf-8", errors="replace")
+    except OSError:  # told when the prompts are read
+        return None
+    return _unnamed("user_prompt_library") if has_placeholder(content) else None
+
+
+@rule("instance_prompt")
+def captions_name_the_subject(c: Config, origins: Origins) -> Problem | None:
+    return _unnamed("instance_prompt") if has_placeholder(c.data.instance_prompt or "") else None
+
+
 # Files, devices, memory
 
 
@@ -328,6 +352,11 @@ def _was_changed(c: Config, name: str, origins: Origins) -> bool:
 def _fix(name: str, value: float) -> Fix:
     short = float(f"{value:g}")
     return Fix(key=name, value=int(short) if short.is_integer() else short)
+
+
+def _unnamed(name: str) -> Problem:
+    """The example's words are still there."""
+    return Problem(code="W-PLACEHOLDER", severity=_WARNING, params={"key": name, "text": SUBJECT_PLACEHOLDER})
 
 
 def _beyond(name: str, value: object, instead: object) -> Problem:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,18 @@ from simpletuner.data.geometry import fit
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.image_index import open_index
 from simpletuner.data.images import EXTENSIONS
-from simpletuner.data.records import Bucket, DatasetPlan, Dropped, DropReason, Geometry, ImageRecord, Plan, Sample, Size
+from simpletuner.data.records import (
+    Bucket,
+    DatasetPlan,
+    Dropped,
+    DropReason,
+    Geometry,
+    ImageRecord,
+    Plan,
+    PlanParts,
+    Sample,
+    Size,
+)
 from simpletuner.data.spec import DatasetSpec
 from simpletuner.problems import DatasetError, Fix, Problem
 
@@ -67,6 +78,18 @@ def build_plan(
     if problems:
         raise DatasetError(problems)
     return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets))
+
+
+def folder_problems(specs: Sequence[DatasetSpec]) -> list[Problem]:
+    """What a listing of the folders tells without reading a file: one that is missing, closed or without images."""
+    problems: list[Problem] = []
+    listings = _list_folders(specs, problems)
+    empty = {folder: listing for folder, listing in listings.items() if not listing.files}
+    for spec in specs:
+        listing = empty.pop(_absolute(spec.instance_data_dir), None)
+        if listing is not None:
+            problems.append(_empty_problem(spec, listing))
+    return problems
 
 
 def minimum_repeats(num_images: int, batch_size: int) -> int:
@@ -186,6 +209,29 @@ def _fingerprint(datasets: Sequence[DatasetPlan]) -> str:
         for d in datasets
     ]
     return stable_hash("plan 1", json.dumps(content, separators=(",", ":")))
+
+
+def plan_parts(plan: Plan) -> PlanParts:
+    """What the fingerprint of a plan is made of, each thing for itself: to say what has changed between two plans."""
+    samples = [[s for bucket in d.buckets for s in bucket.samples] for d in plan.datasets]
+    settings = [
+        [d.id, d.repeats, d.probability, d.is_regularisation, d.caption_dropout_probability, d.batch_size]
+        for d in plan.datasets
+    ]
+
+    def fingerprint(*content: object) -> str:
+        return stable_hash("plan part 1", json.dumps(content, separators=(",", ":")))
+
+    def of_samples(what: Callable[[Sample], object]) -> str:
+        return fingerprint(*(sorted((s.record.content_id, what(s)) for s in dataset) for dataset in samples))
+
+    return PlanParts(
+        num_images=sum(dataset.num_images for dataset in plan.datasets),
+        images=of_samples(lambda s: 0),
+        captions=of_samples(lambda s: s.captions),
+        crops=of_samples(lambda s: (s.geometry.target, s.geometry.intermediary, s.geometry.crop)),
+        datasets=fingerprint(settings),
+    )
 
 
 def _names(names: Sequence[str]) -> str:

@@ -116,3 +116,16 @@ class Plan:
         if any(dataset.caption_dropout_probability > 0 for dataset in self.datasets):
             captions.add("")
         return tuple(sorted(captions))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanParts:
+    """Fingerprints of what a plan is made of: two plans that differ differ in at least one of them."""
+
+    num_images: int
+    images: str
+    captions: str
+    crops: str
+    """Target sizes, resizing, crops."""
+    datasets: str
+    """Names, repeats, probabilities, batch sizes, dropped captions, regularisation."""

@@ -35,16 +35,31 @@ def is_alive(pid: int, start: str | None) -> bool | None:
     return False
 
 
+def is_suspended(pid: int) -> bool:
+    """Whether a live process was halted (Ctrl-Z, SIGSTOP) and waits to be continued. Only Linux tells; else False."""
+    fields = _stat_linux(pid)
+    return bool(fields) and fields[0] == b"T"
+
+
 def _start_linux(pid: int) -> str | None:
+    fields = _stat_linux(pid)
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
     except OSError:
         return None
-    # The second field is the command in brackets and may hold anything, brackets too; fields 3 and 22 follow it.
-    fields = stat[stat.rfind(b")") + 2 :].split()
-    state, start_ticks = fields[0], fields[19]
-    return None if state in (b"Z", b"X", b"x") else f"{boot}:{start_ticks.decode()}"
+    if not fields or fields[0] in (b"Z", b"X", b"x"):
+        return None
+    return f"{boot}:{fields[19].decode()}"
+
+
+def _stat_linux(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the third on: first the state, 19 further the start time. Empty: no process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return []
+    # The second field is the command in brackets and may hold anything, brackets too.
+    return stat[stat.rfind(b")") + 2 :].split()
 
 
 def _start_ps(pid: int) -> str | None:

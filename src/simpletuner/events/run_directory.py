@@ -97,6 +97,7 @@ class RunRecorder:
         self._begin = time.monotonic()
         self._snapshot_written = 0.0
         self._cache_sent: dict[tuple[str, str], float] = {}
+        self._checkpoint: tuple[int, str] | None = None  # (step, path) of the newest one
         self._stop: StopRequest | None = None
         self._commands: list[control.Command] = []  # taken, not yet answered
         self._wanted: set[control.CommandKind] = set()
@@ -224,7 +225,9 @@ class RunRecorder:
             if self._snapshot.ending is None:
                 self._end_without_space(ending)
             self._ended.set()
-            self._answer("stop", control.Answer(ok=True, message="stopped", step=ending.step))
+            self._answer(
+                "stop", control.Answer(ok=True, message="stopped", step=ending.step, path=self._saved(ending.step))
+            )
             for kind in control.COMMAND_KINDS:
                 self._answer(kind, control.Answer(ok=False, message="run-ended", step=ending.step))
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
@@ -302,11 +305,17 @@ class RunRecorder:
 
     def _answer_by(self, event: t.Event) -> None:
         """Some events are what a sender waits for."""
+        if isinstance(event, t.RunResumed) or (isinstance(event, t.CheckpointSaved) and not event.final):
+            self._checkpoint = (event.step, event.path)
         if isinstance(event, t.CheckpointSaved):
             self._answer("checkpoint", control.Answer(ok=True, message="saved", step=event.step, path=event.path))
         elif isinstance(event, t.ValidationFinished):
             found = control.Answer(ok=True, message="validated", step=event.step, path=event.contact_sheet)
             self._answer("validate", found)
+
+    def _saved(self, step: int) -> str | None:
+        """The checkpoint that holds the run as it is after `step`, if there is one."""
+        return self._checkpoint[1] if self._checkpoint is not None and self._checkpoint[0] == step else None
 
     def _answer(self, kind: control.CommandKind, answer: control.Answer) -> None:
         """Answer every open command of one kind."""
@@ -328,4 +337,4 @@ class RunRecorder:
 
 
 def _crash(error: BaseException) -> Problem:
-    return Problem(code="E-CRASH", params={"kind": type(error).__name__, "message": str(error)})
+    return Problem(code="E-UNEXPECTED", params={"kind": type(error).__name__, "message": str(error).strip() or "-"})

@@ -18,15 +18,17 @@ from simpletuner.events import types as t
 from simpletuner.events.codec import DecodeError, decode, encode, parse_object, to_text
 from simpletuner.events.files import read_text
 from simpletuner.events.oserrors import FileSystemError, problem_from_oserror
-from simpletuner.events.processes import is_alive
+from simpletuner.events.processes import is_alive, is_suspended
 from simpletuner.problems import Problem, SimpletunerError
 
 HEARTBEAT_INTERVAL_S = 2.0
 HEARTBEAT_TIMEOUT_S = 30.0
 _LOSS_SMOOTHING = 0.95
 
-State: TypeAlias = Literal["queued", "starting", "running", "stopping", "stopped", "done", "failed", "lost"]
-LIVE_STATES: frozenset[State] = frozenset({"starting", "running", "stopping"})
+State: TypeAlias = Literal[
+    "queued", "starting", "running", "stopping", "suspended", "stopped", "done", "failed", "lost"
+]
+LIVE_STATES: frozenset[State] = frozenset({"starting", "running", "stopping", "suspended"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class RunStatus:
 
     @property
     def is_live(self) -> bool:
-        """A process is working on it right now."""
+        """A process has it in hand: it works, or is suspended and will work on."""
         return self.state in LIVE_STATES
 
 
@@ -150,6 +152,8 @@ def derive_state(snapshot: RunSnapshot, age_s: float | None) -> State:
     alive = None
     if snapshot.info.host == platform.node():
         alive = is_alive(snapshot.pid, snapshot.pid_start)
+        if alive and is_suspended(snapshot.pid):
+            return "suspended"
     if alive is None:
         alive = age_s is not None and age_s < HEARTBEAT_TIMEOUT_S
     return snapshot.state if alive else "lost"
@@ -167,6 +171,11 @@ def advance(event: t.Event, snapshot: RunSnapshot) -> RunSnapshot:
     """What `snapshot` becomes by `event`. Most events change nothing."""
     del event
     return snapshot
+
+
+@advance.register
+def _(event: t.RunResumed, snapshot: RunSnapshot) -> RunSnapshot:
+    return replace(snapshot, progress=replace(snapshot.progress, step=event.step))
 
 
 @advance.register

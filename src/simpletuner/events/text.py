@@ -151,7 +151,7 @@ class Narrator:
 
     @_lines.register
     def _(self, event: t.RunFinished) -> list[Line]:
-        return [_ending(event, self._language)]
+        return [_ending(event, self.view.resumed, self._language)]
 
     @_lines.register
     def _(self, event: t.SettingOverridden) -> list[Line]:
@@ -340,7 +340,7 @@ def _banner(plan: t.RunPlanned, output_dir: str, language: str) -> list[str]:
     ]
 
 
-def _ending(event: t.RunFinished, language: str) -> Line:
+def _ending(event: t.RunFinished, resumed: t.RunResumed | None, language: str) -> Line:
     values = {"step": event.step, "duration": formats.duration(event.seconds, language), "reason": event.reason or "?"}
     if event.state == "done":
         return Line(text=text("console.done", language, **values), icon="ok")
@@ -348,4 +348,6 @@ def _ending(event: t.RunFinished, language: str) -> Line:
         return Line(text=text("console.failed", language, **values), level="error", icon="error")
     saved = event.exit_code == ExitCode.STOPPED
     how = "saved" if saved else "left" if event.step else "early"
+    if resumed is not None and resumed.step == event.step and not saved:  # no step was lost
+        how, values = "resumed", {**values, "checkpoint": resumed.path}
     return Line(text=text(f"console.stopped.{how}", language, **values), icon="stop")

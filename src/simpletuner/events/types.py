@@ -45,6 +45,15 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunResumed(Event):
+    """The session goes on from a checkpoint; sent before data and model are looked at."""
+
+    name: ClassVar[str] = "run.resumed"
+    step: int  # updates that the checkpoint holds
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunPlanned(Event):
     """What the run is going to do; the banner of the console. Sent once data, model and device are known."""
 
@@ -302,6 +311,7 @@ EVENTS: Mapping[str, type[Event]] = MappingProxyType(
         kind.name: kind
         for kind in (
             RunStarted,
+            RunResumed,
             RunPlanned,
             RunPhase,
             RunStopping,

@@ -15,6 +15,7 @@ class RunView:
 
     def __init__(self) -> None:
         self.plan: t.RunPlanned | None = None
+        self.resumed: t.RunResumed | None = None
         self.step: t.StepFinished | None = None
         self.loss: float | None = None  # smoothed
         self.phases: dict[str, t.RunPhase] = {}  # the open ones, the innermost last
@@ -55,9 +56,13 @@ class RunView:
     def _(self, event: t.RunStarted) -> None:
         """A new session: only the measured pauses of the earlier one still say something."""
         del event
-        self.step, self.loss, self.validation, self.stopping = None, None, None, 0
+        self.resumed, self.step, self.loss, self.validation, self.stopping = None, None, None, None, 0
         self.phases.clear()
         self._step_seconds.clear()
+
+    @apply.register
+    def _(self, event: t.RunResumed) -> None:
+        self.resumed = event
 
     @apply.register
     def _(self, event: t.RunPlanned) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -51,6 +52,14 @@ def find_place(text: str, *, option: str, revision: str | None = None) -> Place:
     file = match["file"]
     repo = RepoRef(name=match["repo"], revision=revision, option=option)
     return Place(text=text, option=option, repo=repo, file=file.lstrip("/") if file else None)
+
+
+def public_name(text: str) -> str:
+    """What a file that is given away may say of a model: a repository as it is, of a path only the last name."""
+    path = Path(text).expanduser()
+    if not path.exists() and _REPO.fullmatch(text):
+        return text
+    return Path(os.path.abspath(path)).name  # noqa: PTH100 (".." is to go, links are to stay)
 
 
 def _nothing_there(path: Path, option: str) -> ModelError:

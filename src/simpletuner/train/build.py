@@ -31,6 +31,7 @@ from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import AdapterCreated, ModelLoaded
 from simpletuner.memory.checkpointing import apply_checkpointing
 from simpletuner.models.files import WeightFiles
+from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.load import load_transformer
 from simpletuner.models.z_image.spec import Z_IMAGE
@@ -268,7 +269,7 @@ def lora_info(config: Config, lora: LoraSettings, *, step: int, config_hash: str
     return LoraInfo(
         rank=lora.rank,
         alpha=lora.alpha,
-        base_model=config.model.pretrained_model_name_or_path,
+        base_model=public_name(config.model.pretrained_model_name_or_path),
         architecture="z-image",
         targets=lora.targets,
         title=Path(config.run.output_dir).name,

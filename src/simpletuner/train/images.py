@@ -20,26 +20,7 @@ from simpletuner.train.build import Training
 from simpletuner.train.prepare import free_memory, vae_dtype
 from simpletuner.validation.gallery import Gallery
 from simpletuner.validation.generate import ImageEngine, SamplingSettings, missing_requests, validate
-from simpletuner.validation.requests import ImageRequest, plan_images, read_prompts
-
-
-def image_requests(config: Config) -> tuple[ImageRequest, ...]:
-    """The images of each validation; none if it is switched off or there is no prompt.
-
-    Raises:
-        ConfigError: the prompt library cannot be read.
-    """
-    options = config.validation
-    if options.validation_disable:
-        return ()
-    library = Path(options.user_prompt_library) if options.user_prompt_library else None
-    prompts = read_prompts(options.validation_prompt, library)
-    return plan_images(
-        prompts,
-        sizes=options.sizes,
-        seed=options.validation_seed,
-        images_per_prompt=options.num_validation_images,
-    )
+from simpletuner.validation.requests import ImageRequest
 
 
 def sampling_settings(config: Config) -> SamplingSettings:

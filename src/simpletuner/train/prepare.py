@@ -1,4 +1,4 @@
-"""From folders of images to a plan and its caches; the models that fill them live only as long as they are needed."""
+"""The caches of a plan; the models that fill them live only as long as they are needed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from simpletuner.config.datasets import DatasetsConfig, ImageDataset
+from simpletuner.config.datasets import DatasetsConfig
 from simpletuner.config.root import Config
 from simpletuner.data.latents import LatentSource, LatentStore, cache_latents
-from simpletuner.data.plan import build_plan
 from simpletuner.data.prompts import PromptSource, PromptStore, cache_prompts
-from simpletuner.data.records import DropReason, Plan
-from simpletuner.data.spec import AspectChoice, CaptionSpec, DatasetSpec, ResizeSpec
+from simpletuner.data.records import Plan
 from simpletuner.events.run_directory import RunRecorder
-from simpletuner.events.types import BucketCount, DatasetPlanned, DropCount
 from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.text import encoder_id, load_prompt_encoder
 from simpletuner.models.z_image.vae import codec_id, load_latent_codec
@@ -37,39 +34,6 @@ class _Identified(Generic[_In, _Out]):
 
     id: str
     encode: Callable[[_In], _Out]
-
-
-def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> Plan:
-    """Find the images and sort them into buckets.
-
-    Raises:
-        DatasetError: no usable image, a damaged file, a missing caption, a bucket that cannot fill a batch.
-    """
-    specs = [dataset_spec(dataset, config) for dataset in datasets.images]
-    with run.phase("scan", unit="images") as progress:
-        plan = build_plan(
-            specs,
-            batch_size=config.optimizer.train_batch_size,
-            seed=config.run.seed,
-            cache_dir=Path(config.data.cache_dir),
-            on_progress=lambda done, total: progress.update(done, total=total),
-            max_workers=config.data.max_workers,
-        )
-    for dataset in plan.datasets:
-        buckets = [
-            BucketCount(width_px=b.size[0], height_px=b.size[1], num_samples=len(b.samples)) for b in dataset.buckets
-        ]
-        dropped = [DropCount(reason=r.value, num_images=dataset.count_dropped(r)) for r in DropReason]
-        run.emit(
-            DatasetPlanned(
-                dataset=dataset.id,
-                num_images=dataset.num_images,
-                num_samples=dataset.num_images * (dataset.repeats + 1),
-                buckets=tuple(buckets),
-                dropped=tuple(drop for drop in dropped if drop.num_images),
-            )
-        )
-    return plan
 
 
 def fill_prompt_cache(
@@ -151,45 +115,6 @@ def fill_latent_cache(
         )
     free_memory(compute.device)
     return store
-
-
-def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
-    """The options of one dataset as the data layer takes them."""
-    return DatasetSpec(
-        id=dataset.id,
-        instance_data_dir=Path(dataset.instance_data_dir),
-        resize=ResizeSpec(
-            resolution=dataset.resolution,
-            resolution_type=dataset.resolution_type,
-            crop=dataset.crop,
-            crop_style=dataset.crop_style,
-            crop_aspect=dataset.crop_aspect,
-            crop_aspect_buckets=tuple(
-                AspectChoice(aspect=bucket.aspect, weight=bucket.weight) for bucket in dataset.crop_aspect_buckets
-            ),
-            max_upscale_threshold=dataset.max_upscale_threshold,
-            minimum_image_size=dataset.minimum_image_size,
-            maximum_image_size=dataset.maximum_image_size,
-            target_downsample_size=dataset.target_downsample_size,
-            minimum_aspect_ratio=dataset.minimum_aspect_ratio,
-            maximum_aspect_ratio=dataset.maximum_aspect_ratio,
-            aspect_bucket_rounding=config.data.aspect_bucket_rounding,
-            aspect_bucket_alignment=config.data.aspect_bucket_alignment,
-        ),
-        captions=CaptionSpec(
-            caption_strategy=dataset.caption_strategy,
-            instance_prompts=dataset.instance_prompt,
-            prepend_instance_prompt=dataset.prepend_instance_prompt,
-            only_instance_prompt=dataset.only_instance_prompt,
-            disable_multiline_split=dataset.disable_multiline_split,
-        ),
-        repeats=dataset.repeats,
-        probability=dataset.probability,
-        is_regularisation_data=dataset.is_regularisation_data,
-        caption_dropout_probability=dataset.caption_dropout_probability,
-        max_num_samples=dataset.max_num_samples,
-        train_batch_size=dataset.train_batch_size,
-    )
 
 
 def vae_dtype(config: Config, compute: Compute) -> torch.dtype:

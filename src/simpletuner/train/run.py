@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,16 @@ from simpletuner.adapters.files import LORA_FILE_NAME, save_lora
 from simpletuner.adapters.lora import disabled
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
-from simpletuner.config.root import Config
+from simpletuner.config.root import Config, options
 from simpletuner.data.loader import Latents, iterate_batches
+from simpletuner.data.plan import plan_parts
 from simpletuner.data.records import Plan
 from simpletuner.data.sampler import Sampler
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
-from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, ProblemReported, RunPlanned, SettingOverridden
+from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, ProblemReported, RunPlanned
 from simpletuner.models.hub import Download
+from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.optim.build import restore_optimizer_
@@ -38,19 +40,18 @@ from simpletuner.train.build import (
     step_settings,
 )
 from simpletuner.train.checkpoint import (
-    Checkpoint,
-    Recipe,
-    choose_checkpoint,
     delete_old_checkpoints,
-    recipe_problems,
-    remove_unfinished,
+    load_adapter,
+    load_optimizer_state,
     save_checkpoint,
     total_bytes,
 )
 from simpletuner.train.device import Compute, choose_compute, choose_device, device_name
-from simpletuner.train.images import Validator, image_requests
+from simpletuner.train.images import Validator
 from simpletuner.train.loop import Ending, LoopSettings, run_loop
-from simpletuner.train.prepare import fill_latent_cache, fill_prompt_cache, scan_datasets
+from simpletuner.train.prepare import fill_latent_cache, fill_prompt_cache
+from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
+from simpletuner.train.start import Start
 from simpletuner.train.step import MicroBatch, StepResult, train_step
 from simpletuner.validation.requests import ImageRequest
 
@@ -67,12 +68,13 @@ class Outcome:
 
 def train(
     loaded: LoadedConfig,
+    start: Start,
     *,
     run: RunRecorder,
     stop: StopRequest,
     headings: Callable[[int], str] = "step {}".format,
 ) -> Outcome:
-    """Train as `loaded` says, in the directory of `run`, and finish `run`.
+    """Train as `loaded` says from `start` on, in the directory of `run`, and finish `run`.
 
     Args:
         stop: polled between steps; its signal handlers are installed by the caller.
@@ -81,11 +83,8 @@ def train(
         SimpletunerError: whatever the user can mend.
         KeyboardInterrupt: asked to leave before there was anything to save.
     """
-    for problem in loaded.warnings:
-        run.emit(ProblemReported(problem=problem))
-    remove_unfinished(run.directory.path)
     try:
-        outcome = _Run(loaded, run=run, stop=stop, headings=headings).carry_out()
+        outcome = _Run(loaded, start, run=run, stop=stop, headings=headings).carry_out()
     except torch.OutOfMemoryError as error:
         first_line = str(error).split(". ")[0]
         raise SimpletunerError(
@@ -103,28 +102,31 @@ class _Run:
     """The parts of one run; `carry_out` puts them together."""
 
     def __init__(
-        self, loaded: LoadedConfig, *, run: RunRecorder, stop: StopRequest, headings: Callable[[int], str]
+        self,
+        loaded: LoadedConfig,
+        start: Start,
+        *,
+        run: RunRecorder,
+        stop: StopRequest,
+        headings: Callable[[int], str],
     ) -> None:
         self._loaded = loaded
-        self._config = loaded.config
+        self._start = start
+        self._config = start.config
         self._output_dir = run.directory.path
         self._run = run
         self._stop = stop
         self._headings = headings
 
     def carry_out(self) -> Outcome:
-        config, run = self._config, self._run
+        config, run, start = self._config, self._run, self._start
+        requests, plan, sampler, checkpoint = start.requests, start.plan, start.sampler, start.checkpoint
+        total_steps = start.total_steps
         with self._stop.interruptible():
-            requests = image_requests(config)
             compute = self._choose_compute()
-            checkpoint = choose_checkpoint(self._output_dir, config.run.resume_from_checkpoint)
-            config = self._settle_seed(checkpoint)
-            files, assistant_file = self._find_model()
-            plan = scan_datasets(config, self._loaded.datasets, run)
-            sampler = Sampler(plan, seed=config.run.seed, batch_size=config.optimizer.train_batch_size)
             recipe = self._recipe(plan)
             start_step = self._check_checkpoint(checkpoint, recipe)
-            total_steps = total_updates(config, sampler.batches_per_epoch)
+            files, assistant_file = self._find_model()
             self._announce(plan, sampler, compute, requests, start_step=start_step, total_steps=total_steps)
             prompts = fill_prompt_cache(
                 self._all_prompts(plan, requests),
@@ -150,8 +152,8 @@ class _Run:
                 headings=self._headings,
             )
             if checkpoint is not None:
-                training.load_adapter_state(dict(checkpoint.adapter()))
-                restore_optimizer_(training.optimizer, checkpoint.optimizer_state())
+                training.load_adapter_state(dict(load_adapter(checkpoint)))
+                restore_optimizer_(training.optimizer, load_optimizer_state(checkpoint))
             validator.show_base()
             if start_step and config.validation.validation_on_startup:
                 validator.show(start_step)
@@ -179,16 +181,6 @@ class _Run:
         weights = self._save_result(training, step)
         validator.show(step)
         return Outcome(exit_code=ExitCode.OK, step=step, weights=weights, sheet=validator.sheet)
-
-    def _settle_seed(self, checkpoint: Checkpoint | None) -> Config:
-        """The configuration with the seed -1 replaced by the checkpoint's, or by one drawn now."""
-        requested = self._config.run
-        if requested.seed < 0:
-            seed = checkpoint.recipe.seed if checkpoint else secrets.randbelow(2**31)
-            self._run.emit(SettingOverridden(option="seed", requested=-1, used=seed, reason="override.seed"))
-            run = requested.model_copy(update={"seed": seed})
-            self._config = self._config.model_copy(update={"run": run})
-        return self._config
 
     def _choose_compute(self) -> Compute:
         compute, override = choose_compute(
@@ -235,6 +227,7 @@ class _Run:
         return Recipe(
             seed=config.run.seed,
             plan=plan.fingerprint,
+            parts=plan_parts(plan),
             batch_size=config.optimizer.train_batch_size,
             gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
             world_size=1,
@@ -331,7 +324,7 @@ class _Run:
                 step=step,
                 recipe=recipe,
                 adapter=training.adapter_state(),
-                info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded)),
+                info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config)),
                 optimizer_state=training.optimizer.state_dict(),
             )
         self._run.emit(
@@ -348,7 +341,7 @@ class _Run:
     def _save_result(self, training: Training, step: int) -> Path:
         begun = time.monotonic()
         path = self._output_dir / LORA_FILE_NAME
-        info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded))
+        info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config))
         save_lora(path, training.adapter_state(), info)
         self._run.emit(
             CheckpointSaved(
@@ -394,25 +387,11 @@ def micro_batches(
         )
 
 
-def total_updates(config: Config, micro_batches_per_epoch: int) -> int:
-    """Length of the run in optimizer updates.
-
-    Raises:
-        ConfigError: it has none: fewer micro-batches than one accumulation window.
-    """
-    if config.run.max_train_steps:
-        return config.run.max_train_steps
-    steps = config.run.num_train_epochs * micro_batches_per_epoch // config.optimizer.gradient_accumulation_steps
-    if steps == 0:
-        params = {
-            "epochs": config.run.num_train_epochs,
-            "batches": micro_batches_per_epoch,
-            "accumulation": config.optimizer.gradient_accumulation_steps,
-        }
-        raise ConfigError(Problem(code="E-NO-STEPS", params=params, path="/num_train_epochs"))
-    return steps
-
-
-def config_hash(loaded: LoadedConfig) -> str:
-    """16 hex digits that stand for the options, wherever they came from."""
-    return hashlib.sha256(loaded.config.model_dump_json().encode()).hexdigest()[:16]
+def config_hash(config: Config) -> str:
+    """16 hex digits that stand for the options, wherever they came from and wherever on this machine the files lie."""
+    values = {
+        name: public_name(str(value)) if option.opt.holds in ("path", "location") and value else value
+        for name, option in options().items()
+        for value in [config.option(name)]
+    }
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]

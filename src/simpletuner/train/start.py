@@ -1,0 +1,194 @@
+"""What a run settles before torch is loaded: checkpoint, seed, validation images, the plan of the data, the length.
+
+Most mistakes that are not in the configuration itself show up here, so their message comes within a second.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.config.datasets import DatasetsConfig, ImageDataset
+from simpletuner.config.load import LoadedConfig
+from simpletuner.config.root import Config
+from simpletuner.data.plan import build_plan
+from simpletuner.data.records import DropReason, Plan
+from simpletuner.data.sampler import Sampler
+from simpletuner.data.spec import AspectChoice, CaptionSpec, DatasetSpec, ResizeSpec
+from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.types import (
+    BucketCount,
+    DatasetPlanned,
+    DropCount,
+    ProblemReported,
+    RunResumed,
+    SettingOverridden,
+)
+from simpletuner.problems import ConfigError, Problem
+from simpletuner.train.resume import Checkpoint, choose_checkpoint, remove_unfinished
+from simpletuner.validation.requests import ImageRequest, plan_images, read_prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins. `config` has the seed that is used; without a `checkpoint` it starts afresh."""
+
+    config: Config
+    requests: tuple[ImageRequest, ...]
+    checkpoint: Checkpoint | None
+    plan: Plan
+    sampler: Sampler
+    total_steps: int
+
+
+def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
+    """Clear what a killed run left, choose the checkpoint, scan the datasets.
+
+    Raises:
+        ConfigError: the checkpoint or the prompt library cannot be used; there is nothing to train.
+        DatasetError: the images or captions cannot be used.
+    """
+    for problem in loaded.warnings:
+        run.emit(ProblemReported(problem=problem))
+    output_dir = run.directory.path
+    remove_unfinished(output_dir)
+    checkpoint = choose_checkpoint(output_dir, loaded.config.run.resume_from_checkpoint)
+    if checkpoint is not None:
+        run.emit(RunResumed(step=checkpoint.step, path=_shown(checkpoint.path, output_dir)))
+    requests = image_requests(loaded.config)
+    config = _with_seed(loaded.config, checkpoint, run)
+    plan = scan_datasets(config, loaded.datasets, run)
+    sampler = Sampler(plan, seed=config.run.seed, batch_size=config.optimizer.train_batch_size)
+    return Start(
+        config=config,
+        requests=requests,
+        checkpoint=checkpoint,
+        plan=plan,
+        sampler=sampler,
+        total_steps=total_updates(config, sampler.batches_per_epoch),
+    )
+
+
+def image_requests(config: Config) -> tuple[ImageRequest, ...]:
+    """The images of each validation; none if it is switched off or there is no prompt.
+
+    Raises:
+        ConfigError: the prompt library cannot be read.
+    """
+    options = config.validation
+    if options.validation_disable:
+        return ()
+    library = Path(options.user_prompt_library) if options.user_prompt_library else None
+    prompts = read_prompts(options.validation_prompt, library)
+    return plan_images(
+        prompts,
+        sizes=options.sizes,
+        seed=options.validation_seed,
+        images_per_prompt=options.num_validation_images,
+    )
+
+
+def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> Plan:
+    """Find the images and sort them into buckets.
+
+    Raises:
+        DatasetError: no usable image, a damaged file, a missing caption, a bucket that cannot fill a batch.
+    """
+    specs = [dataset_spec(dataset, config) for dataset in datasets.images]
+    with run.phase("scan", unit="images") as progress:
+        plan = build_plan(
+            specs,
+            batch_size=config.optimizer.train_batch_size,
+            seed=config.run.seed,
+            cache_dir=Path(config.data.cache_dir),
+            on_progress=lambda done, total: progress.update(done, total=total),
+            max_workers=config.data.max_workers,
+        )
+    for dataset in plan.datasets:
+        buckets = [
+            BucketCount(width_px=b.size[0], height_px=b.size[1], num_samples=len(b.samples)) for b in dataset.buckets
+        ]
+        dropped = [DropCount(reason=r.value, num_images=dataset.count_dropped(r)) for r in DropReason]
+        run.emit(
+            DatasetPlanned(
+                dataset=dataset.id,
+                num_images=dataset.num_images,
+                num_samples=dataset.num_images * (dataset.repeats + 1),
+                buckets=tuple(buckets),
+                dropped=tuple(drop for drop in dropped if drop.num_images),
+            )
+        )
+    return plan
+
+
+def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
+    """The options of one dataset as the data layer takes them."""
+    return DatasetSpec(
+        id=dataset.id,
+        instance_data_dir=Path(dataset.instance_data_dir),
+        resize=ResizeSpec(
+            resolution=dataset.resolution,
+            resolution_type=dataset.resolution_type,
+            crop=dataset.crop,
+            crop_style=dataset.crop_style,
+            crop_aspect=dataset.crop_aspect,
+            crop_aspect_buckets=tuple(
+                AspectChoice(aspect=bucket.aspect, weight=bucket.weight) for bucket in dataset.crop_aspect_buckets
+            ),
+            max_upscale_threshold=dataset.max_upscale_threshold,
+            minimum_image_size=dataset.minimum_image_size,
+            maximum_image_size=dataset.maximum_image_size,
+            target_downsample_size=dataset.target_downsample_size,
+            minimum_aspect_ratio=dataset.minimum_aspect_ratio,
+            maximum_aspect_ratio=dataset.maximum_aspect_ratio,
+            aspect_bucket_rounding=config.data.aspect_bucket_rounding,
+            aspect_bucket_alignment=config.data.aspect_bucket_alignment,
+        ),
+        captions=CaptionSpec(
+            caption_strategy=dataset.caption_strategy,
+            instance_prompts=dataset.instance_prompt,
+            prepend_instance_prompt=dataset.prepend_instance_prompt,
+            only_instance_prompt=dataset.only_instance_prompt,
+            disable_multiline_split=dataset.disable_multiline_split,
+        ),
+        repeats=dataset.repeats,
+        probability=dataset.probability,
+        is_regularisation_data=dataset.is_regularisation_data,
+        caption_dropout_probability=dataset.caption_dropout_probability,
+        max_num_samples=dataset.max_num_samples,
+        train_batch_size=dataset.train_batch_size,
+    )
+
+
+def total_updates(config: Config, micro_batches_per_epoch: int) -> int:
+    """Length of the run in optimizer updates.
+
+    Raises:
+        ConfigError: it has none: fewer micro-batches than one accumulation window.
+    """
+    if config.run.max_train_steps:
+        return config.run.max_train_steps
+    steps = config.run.num_train_epochs * micro_batches_per_epoch // config.optimizer.gradient_accumulation_steps
+    if steps == 0:
+        params = {
+            "epochs": config.run.num_train_epochs,
+            "batches": micro_batches_per_epoch,
+            "accumulation": config.optimizer.gradient_accumulation_steps,
+        }
+        raise ConfigError(Problem(code="E-NO-STEPS", params=params, path="/num_train_epochs"))
+    return steps
+
+
+def _with_seed(config: Config, checkpoint: Checkpoint | None, run: RunRecorder) -> Config:
+    """The configuration with the seed -1 replaced by the checkpoint's, or by one drawn now."""
+    if config.run.seed >= 0:
+        return config
+    seed = checkpoint.recipe.seed if checkpoint else secrets.randbelow(2**31)
+    run.emit(SettingOverridden(option="seed", requested=-1, used=seed, reason="override.seed"))
+    return config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
+
+
+def _shown(path: Path, output_dir: Path) -> str:
+    """Relative to the run where it lies in it, as every path of an event."""
+    return path.name if path.parent == output_dir else str(path)

@@ -1,0 +1,131 @@
+"""What is settled before torch: a session begins at its checkpoint, and mistakes in the data come within a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from simpletuner.adapters.files import LoraInfo
+from simpletuner.cli import runs
+from simpletuner.config.load import load_run_config
+from simpletuner.events import types as t
+from simpletuner.events.journal import read
+from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.run_status import RunInfo, read_run
+from simpletuner.problems import DatasetError, ExitCode
+from simpletuner.train.checkpoint import save_checkpoint
+from simpletuner.train.resume import Recipe
+from simpletuner.train.start import settle_start
+
+RECIPE = Recipe(
+    seed=11,
+    plan="plan",
+    batch_size=1,
+    gradient_accumulation_steps=1,
+    world_size=1,
+    optimizer="adamw",
+    targets=("to_q",),
+    rank=4,
+    alpha=4.0,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    """A configuration with one empty folder of images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    datasets = [{"id": "cats", "instance_data_dir": "images", "resolution": 64}]
+    (tmp_path / "multidatabackend.json").write_text(json.dumps(datasets))
+    options = {"model_flavour": "demo", "output_dir": "output", "max_train_steps": 30, "validation_disable": True}
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    return tmp_path
+
+
+def checkpoint(folder: Path, step: int) -> None:
+    adapter = {"layers.0.to_q.lora_A.weight": torch.ones(4, 8), "layers.0.to_q.lora_B.weight": torch.ones(8, 4)}
+    (folder / "output").mkdir(exist_ok=True)
+    save_checkpoint(
+        folder / "output",
+        step=step,
+        recipe=RECIPE,
+        adapter=adapter,
+        info=LoraInfo(rank=4, alpha=4.0),
+        optimizer_state={},
+    )
+
+
+def settle(folder: Path, *options: str):
+    loaded = load_run_config(options, environ={}, cwd=folder)
+    with RunRecorder.start("output", info=RunInfo(version="1", argv=()), effective_config="{}") as run:
+        return settle_start(loaded, run=run)
+
+
+@pytest.mark.parametrize(("language", "step"), [("en", "step 12"), ("es", "paso 12")])
+def test_a_restart_that_fails_early_is_shown_at_its_checkpoint(folder, capsys, language, step):
+    checkpoint(folder, 12)
+    with pytest.raises(DatasetError):
+        settle(folder)
+    status = read_run(folder / "output")
+    assert (status.state, status.snapshot.progress.step) == ("failed", 12)
+    runs.run(["list"], language)
+    assert capsys.readouterr().out.splitlines()[1].split()[3] == "12"
+    runs.run(["show"], language)
+    assert step in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("language", "words"),
+    [
+        ("en", "Stopped before the next step. The same command goes on from checkpoint-12."),
+        ("es", "Detenido antes del paso siguiente. El mismo comando sigue desde checkpoint-12."),
+    ],
+)
+def test_a_restart_that_is_stopped_early_says_where_it_goes_on(folder, capsys, language, words):
+    checkpoint(folder, 12)
+    Image.new("RGB", (64, 64)).save(folder / "images" / "cat.png")
+    loaded = load_run_config([], environ={}, cwd=folder)
+    info = RunInfo(version="1", argv=())
+    with suppress(KeyboardInterrupt), RunRecorder.start("output", info=info, effective_config="{}") as run:
+        settle_start(loaded, run=run)
+        raise KeyboardInterrupt
+    runs.run(["logs"], language)
+    assert words in capsys.readouterr().out
+    assert read_run(folder / "output").snapshot.ending.exit_code == ExitCode.INTERRUPTED
+
+
+def test_a_start_afresh_begins_before_the_first_step(folder):
+    checkpoint(folder, 12)
+    with pytest.raises(DatasetError):
+        settle(folder, "--resume_from_checkpoint=none")
+    assert read_run(folder / "output").snapshot.progress.step == 0
+    assert not [r for r in read(folder / "output" / "events.jsonl") if isinstance(r.event, t.RunResumed)]
+
+
+def test_a_checkpoint_brings_its_seed_where_none_is_given(folder):
+    checkpoint(folder, 12)
+    Image.new("RGB", (64, 64)).save(folder / "images" / "cat.png")
+    start = settle(folder, "--seed=-1")
+    assert (start.config.run.seed, start.checkpoint.step, start.total_steps) == (11, 12, 30)
+
+
+def test_a_mistake_in_the_data_is_told_without_loading_torch(folder):
+    code = (
+        "import sys\nfrom simpletuner.cli.main import main\n"
+        "status = main(['train'])\nassert 'torch' not in sys.modules\nsys.exit(status)"
+    )
+    begun = time.monotonic()
+    environment = {**os.environ, "SIMPLETUNER_LANG": "en", "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == ExitCode.DATASET, done.stderr
+    assert "no images detected in dataset" in done.stderr
+    assert time.monotonic() - begun < 10  # a second, on a machine with nothing else to do
