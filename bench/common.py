@@ -9,12 +9,22 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from simpletuner.adapters.lora import LoraSettings, apply_lora, disabled, trainable_parameters
+from simpletuner.models.z_image.spec import Z_IMAGE
+from simpletuner.models.z_image.transformer import ZImageTransformer, velocity
+from simpletuner.optim.build import build_optimizer
+from simpletuner.optim.settings import OptimizerSettings
+from simpletuner.train.context import ContextCache
+from simpletuner.train.flow import FlowSettings
+from simpletuner.train.step import MicroBatch, StepSettings, train_step
 
 RESULTS = Path(__file__).parent / "results"
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -39,6 +49,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 }
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")  # of the main blocks
 LORA_RANK = 16
+LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +88,56 @@ def make_batch(samples: Sequence[Sample], caption_width: int, seed: int = 1) -> 
     latents = [torch.randn(16, s.height, s.width, generator=generator) for s in samples]
     prompts = [torch.randn(s.caption_tokens, caption_width, generator=generator) for s in samples]
     return latents, prompts
+
+
+def apply_bench_lora(transformer: ZImageTransformer, rank: int = LORA_RANK) -> None:
+    """The adapter that every benchmark trains: attention and MLP of the main blocks."""
+    lora = LoraSettings(rank=rank, alpha=rank, targets=Z_IMAGE.lora_targets("attention+mlp"), seed=0)
+    apply_lora(transformer, lora)
+
+
+def training_step(
+    transformer: ZImageTransformer,
+    latents: Sequence[Tensor],
+    prompts: Sequence[Tensor],
+    *,
+    optimizer: str = "adamw",
+    autocast: torch.dtype | None = None,
+) -> Callable[[], float]:
+    """One update of a run over a model with its adapter: `train_step` with what a run puts around it. Returns the loss."""
+    device = latents[0].device
+    params = trainable_parameters(transformer)
+    moves = build_optimizer(optimizer, params, OptimizerSettings(learning_rate=LEARNING_RATE))
+    by_name = {f"caption {i}": prompt for i, prompt in enumerate(prompts)}
+    contexts = ContextCache(transformer.refine_context, by_name.__getitem__, device=device, keep=True)
+    settings = StepSettings(
+        seed=0,
+        rank=0,
+        flow=FlowSettings(sigmoid_scale=1.0, uniform=False, shift=3.0, auto_shift=False),
+        max_grad_norm=1.0,
+        clip_by_value=False,
+        latents_per_token=Z_IMAGE.latents_per_token,
+        uses_dropout=False,
+    )
+    batch = MicroBatch(index=0, latents=latents, prompts=list(by_name), is_regularisation=False, names=list(by_name))
+
+    def predict(noisy: Sequence[Tensor], sigma_B: Tensor, names: Sequence[str]) -> list[Tensor]:
+        with torch.autocast(device.type, autocast) if autocast else nullcontext():
+            return velocity(transformer, noisy, sigma_B, contexts.get(names))
+
+    def step() -> float:
+        return train_step(
+            [batch],
+            num_batches=1,
+            predict=predict,
+            parent=lambda: disabled(transformer),
+            params=params,
+            optimizer=moves,
+            learning_rate=LEARNING_RATE,
+            settings=settings,
+        ).loss
+
+    return step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +199,11 @@ def save_result(name: str, result: Mapping[str, object]) -> Path:
     """Write bench/results/<name>.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    document = {"commit": _commit(), "machine": machine(), **result}
+    document = {"commit": commit(), "machine": machine(), **result}
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def _commit() -> str:
+def commit() -> str:
     run = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return run.stdout.strip() or "unknown"

@@ -16,20 +16,25 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from common import BATCHES, LORA_RANK, LORA_TARGETS, SIZES, interleaved, make_batch, random_weights_, save_result
+from common import (
+    BATCHES,
+    LEARNING_RATE,
+    LORA_RANK,
+    LORA_TARGETS,
+    SIZES,
+    apply_bench_lora,
+    interleaved,
+    make_batch,
+    random_weights_,
+    save_result,
+    training_step,
+)
 from torch import Tensor, nn
 
-from simpletuner.adapters.lora import LoraSettings, apply_lora, disabled, trainable_parameters
 from simpletuner.memory.checkpointing import apply_checkpointing
-from simpletuner.models.z_image.spec import Z_IMAGE
-from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig, velocity
-from simpletuner.optim.build import OptimizerSettings, build_optimizer
-from simpletuner.train.context import ContextCache
-from simpletuner.train.flow import FlowSettings
-from simpletuner.train.step import MicroBatch, StepSettings, train_step
+from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
 
 AIMS = {"1 x 256 px": 0.9, "4 mixed": 0.7}
-LEARNING_RATE = 1e-4
 PRECISIONS = ("fp32", "bf16", "bf16 autocast")
 
 
@@ -40,44 +45,10 @@ def our_step(
     transformer = ZImageTransformer(ZImageTransformerConfig(**SIZES[size]))
     transformer.load_state_dict(weights)
     transformer.to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    lora = LoraSettings(rank=LORA_RANK, alpha=LORA_RANK, targets=Z_IMAGE.lora_targets("attention+mlp"), seed=0)
-    apply_lora(transformer, lora)
+    apply_bench_lora(transformer)
     apply_checkpointing(transformer.layers, every=1)
-    params = trainable_parameters(transformer)
-    optimizer = build_optimizer("adamw", params, OptimizerSettings(learning_rate=LEARNING_RATE))
-    by_name = {f"caption {i}": prompt for i, prompt in enumerate(prompts)}
-    contexts = ContextCache(transformer.refine_context, by_name.__getitem__, device=latents[0].device, keep=True)
-    settings = StepSettings(
-        seed=0,
-        rank=0,
-        flow=FlowSettings(sigmoid_scale=1.0, uniform=False, shift=3.0, auto_shift=False),
-        max_grad_norm=1.0,
-        clip_by_value=False,
-        latents_per_token=Z_IMAGE.latents_per_token,
-        uses_dropout=False,
-    )
-
-    def predict(noisy: Sequence[Tensor], sigma_B: Tensor, names: Sequence[str]) -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16 autocast" else nullcontext():
-            return velocity(transformer, noisy, sigma_B, contexts.get(names))
-
-    def step() -> float:
-        batch = MicroBatch(
-            index=0, latents=latents, prompts=list(by_name), is_regularisation=False, names=list(by_name)
-        )
-        result = train_step(
-            [batch],
-            num_batches=1,
-            predict=predict,
-            parent=lambda: disabled(transformer),
-            params=params,
-            optimizer=optimizer,
-            learning_rate=LEARNING_RATE,
-            settings=settings,
-        )
-        return result.loss
-
-    return step
+    autocast = torch.bfloat16 if precision == "bf16 autocast" else None
+    return training_step(transformer, latents, prompts, autocast=autocast)
 
 
 def diffusers_step(
