@@ -28,8 +28,8 @@ from simpletuner.models.hub import Download
 from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
-from simpletuner.optim.build import restore_optimizer_
 from simpletuner.optim.schedules import schedule_problems
+from simpletuner.optim.state import averaged_weights, optimizer_state, restore_optimizer_
 from simpletuner.problems import ConfigError, ExitCode, Problem, Severity, SimpletunerError
 from simpletuner.train.build import (
     Training,
@@ -153,7 +153,8 @@ class _Run:
             )
             if checkpoint is not None:
                 training.load_adapter_state(dict(load_adapter(checkpoint)))
-                restore_optimizer_(training.optimizer, load_optimizer_state(checkpoint))
+                state = load_optimizer_state(checkpoint)
+                restore_optimizer_(training.optimizer, state, name=config.optimizer.optimizer)
             validator.show_base()
             if start_step and config.validation.validation_on_startup:
                 validator.show(start_step)
@@ -318,14 +319,15 @@ class _Run:
 
     def _save(self, training: Training, recipe: Recipe, step: int) -> None:
         begun = time.monotonic()
-        with self._run.phase("checkpoint"):
+        state = optimizer_state(training.optimizer)
+        with self._run.phase("checkpoint"), averaged_weights(training.optimizer):
             checkpoint = save_checkpoint(
                 self._output_dir,
                 step=step,
                 recipe=recipe,
                 adapter=training.adapter_state(),
                 info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config)),
-                optimizer_state=training.optimizer.state_dict(),
+                optimizer_state=state,
             )
         self._run.emit(
             CheckpointSaved(
@@ -342,7 +344,8 @@ class _Run:
         begun = time.monotonic()
         path = self._output_dir / LORA_FILE_NAME
         info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config))
-        save_lora(path, training.adapter_state(), info)
+        with averaged_weights(training.optimizer):
+            save_lora(path, training.adapter_state(), info)
         self._run.emit(
             CheckpointSaved(
                 step=step,
