@@ -50,8 +50,8 @@ class Argument:
 class Optimizer:
     """One that this version runs.
 
-    `betas`: the defaults; empty if it has none. `state_bytes`: what it keeps between steps, per element of a trained
-    float32 matrix of LoRA's size. `devices`: torch device types that it runs on. `epsilon`: reads
+    `betas`: the defaults; empty if it has none. `state_bytes`: what it keeps between steps, per element of a float32
+    matrix of 16 x 3840. `devices`: torch device types that it runs on. `epsilon`: reads
     adam_epsilon. `finds_rate`: the learning rate is a factor on one that it finds itself.
     `averages_weights`: what it trains on differs from what it has learnt, see `optim.averaging`; it wants no falling
     learning rate. `matrices_only`: cannot move vectors. `instead`: the nearest one that runs everywhere.
@@ -142,7 +142,7 @@ def _adapting() -> Iterator[Optimizer]:
     # holds the second matrix of a LoRA, zero at first, where it is.
     yield Optimizer(
         name="adafactor",
-        state_bytes=0.3,
+        state_bytes=0.26,
         betas=(),
         epsilon=False,
         arguments=(
@@ -153,7 +153,7 @@ def _adapting() -> Iterator[Optimizer]:
     )
     yield Optimizer(
         name="soap",
-        state_bytes=8.1,
+        state_bytes=8.04,
         library=_PYTORCH_OPTIMIZER,
         betas=(0.95, 0.95),
         devices=_CPU_CUDA,
@@ -220,7 +220,7 @@ def _torchao() -> Iterator[Optimizer]:
     """Blocks of 256 elements (4-bit: 128) with one float32 scale; 8-bit ones and 4-bit ones look values up."""
     block = Argument(name="block_size", kind="integer", low=16, high=4096)
     for name, state_bytes in (
-        ("ao-adamw8bit", 2.06),
+        ("ao-adamw8bit", 2.07),
         ("ao-adamw4bit", 1.07),
         ("ao-adamfp8", 2.03),
         ("ao-adamwfp8", 2.03),
@@ -285,7 +285,7 @@ def _torch() -> Iterator[Optimizer]:
         ),
         (
             "adafactor",
-            0.3,
+            0.26,
             (),
             Rates(usual=3e-2, low=1e-3, high=1.0),
             (Argument(name="beta2_decay", kind="number", low=-1, high=0), Argument(name="d", kind="number", low=1)),
