@@ -16,10 +16,11 @@ from simpletuner.catalog.optimizers import OPTIMIZERS, REFUSED_OPTIMIZERS, Argum
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.optim.build import build_optimizer, set_learning_rate_
 from simpletuner.optim.libraries import MAKERS
-from simpletuner.optim.settings import OptimizerSettings
+from simpletuner.optim.settings import OptimizerSettings, state_layout
 from simpletuner.optim.state import averaged_weights, optimizer_state, restore_optimizer_
 from simpletuner.problems import ConfigError
-from simpletuner.train.checkpoint import Recipe, read_checkpoint, save_checkpoint
+from simpletuner.train.checkpoint import load_optimizer_state, save_checkpoint
+from simpletuner.train.resume import Recipe, read_checkpoint
 
 # What is for GPUs alone runs unpaged on a CPU, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -73,7 +74,7 @@ def through_a_checkpoint(folder: Path, name: str, optimizer: torch.optim.Optimiz
     saved = save_checkpoint(folder, step=4, recipe=recipe, adapter=adapter, info=info, optimizer_state=state)
     checkpoint = read_checkpoint(saved.path)
     assert checkpoint is not None
-    return checkpoint.optimizer_state()
+    return load_optimizer_state(checkpoint)
 
 
 def tensors(state: object) -> list[Tensor]:
@@ -226,6 +227,21 @@ def test_every_argument_is_one_that_the_library_takes(name, argument):
     accepted = inspect.signature(type(optimizer).__init__).parameters
     assert argument.name in accepted or "Uncompiled" in type(optimizer).__name__
     run(name, optimizer, params, range(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "layout"),
+    [
+        ("adamw", {}, "adamw"),
+        ("adamw", {"amsgrad": False}, "adamw"),
+        ("adamw", {"amsgrad": True}, "adamw amsgrad=True"),
+        ("prodigy", {"d_coef": 2.0, "slice_p": 11}, "prodigy slice_p=11"),
+        ("soap", {"max_precondition_dim": 256}, "soap"),
+        ("optimi-sgd", {"momentum": 0.0}, "optimi-sgd momentum=0.0"),
+    ],
+)
+def test_the_layout_of_a_state_tells_what_fits(name, arguments, layout):
+    assert state_layout(name, arguments) == layout
 
 
 def test_every_name_is_built_or_refused():

@@ -35,7 +35,8 @@ class Rates:
 class Argument:
     """A key of `optimizer_config`. Numbers lie in `low`..`high`; a text is one of `choices`.
 
-    `default` is told to the library where ours differs from its own; None leaves the library's.
+    `default` is told to the library where ours differs from its own; None leaves the library's. `shapes_state`: a
+    state saved with another value does not fit.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Argument:
     high: float = float("inf")
     choices: tuple[str, ...] = ()
     default: bool | int | float | str | None = None
+    shapes_state: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +101,13 @@ LIBRARIES = (_BITSANDBYTES, _TORCHAO, _OPTIMI, _PRODIGY, _SCHEDULEFREE, _PYTORCH
 _LION_RATES = Rates(usual=2e-5, high=1e-3)
 _LION_BETAS = (0.9, 0.99)
 _SGD_RATES = Rates(usual=1e-1, low=1e-3, high=1.0)
-_MOMENTUM = Argument(name="momentum", kind="number", low=0, high=1, default=0.9)
+_MOMENTUM = Argument(name="momentum", kind="number", low=0, high=1, default=0.9, shapes_state=True)
 
 
 def _own() -> Iterator[Optimizer]:
     rounding = Argument(name="rounding", kind="text", choices=("stochastic", "kahan"))
     yield Optimizer(name="adamw_bf16", state_bytes=4, arguments=(rounding,))
-    yield Optimizer(name="adamw", state_bytes=8, arguments=(Argument(name="amsgrad", kind="flag"),))
+    yield Optimizer(name="adamw", state_bytes=8, arguments=(Argument(name="amsgrad", kind="flag", shapes_state=True),))
     yield Optimizer(name="lion", state_bytes=4, betas=_LION_BETAS, epsilon=False, rates=_LION_RATES)
 
 
@@ -121,7 +123,7 @@ def _adapting() -> Iterator[Optimizer]:
             Argument(name="d_coef", kind="number", low=1e-3, high=1e3),
             Argument(name="d0", kind="number", low=1e-12, high=1.0),
             Argument(name="growth_rate", kind="number", low=1.0),
-            Argument(name="slice_p", kind="integer", low=1),
+            Argument(name="slice_p", kind="integer", low=1, shapes_state=True),
             Argument(name="use_bias_correction", kind="flag", default=True),
             Argument(name="safeguard_warmup", kind="flag", default=True),
             Argument(name="decouple", kind="flag"),
@@ -160,7 +162,7 @@ def _adapting() -> Iterator[Optimizer]:
         arguments=(
             Argument(name="precondition_frequency", kind="integer", low=1),
             # Of a LoRA's matrices the short side is turned; turning the long one would take its square in memory.
-            Argument(name="max_precondition_dim", kind="integer", low=1, default=256),
+            Argument(name="max_precondition_dim", kind="integer", low=1, default=256, shapes_state=True),
             Argument(name="shampoo_beta", kind="number", low=0, high=1),
             Argument(name="normalize_gradient", kind="flag"),
         ),
@@ -262,7 +264,7 @@ def _torch() -> Iterator[Optimizer]:
     plain = Rates(usual=1e-4)
     decoupled = Argument(name="decoupled_weight_decay", kind="flag")
     kinds: tuple[tuple[str, float, tuple[float, ...], Rates, tuple[Argument, ...]], ...] = (
-        ("adam", 8, (0.9, 0.999), plain, (Argument(name="amsgrad", kind="flag"), decoupled)),
+        ("adam", 8, (0.9, 0.999), plain, (Argument(name="amsgrad", kind="flag", shapes_state=True), decoupled)),
         ("adamax", 8, (0.9, 0.999), plain, ()),
         ("nadam", 8, (0.9, 0.999), plain, (Argument(name="momentum_decay", kind="number", low=0), decoupled)),
         ("radam", 8, (0.9, 0.999), plain, (decoupled,)),
@@ -271,7 +273,10 @@ def _torch() -> Iterator[Optimizer]:
             4,
             (),
             plain,
-            (Argument(name="alpha", kind="number", low=0, high=1), Argument(name="centered", kind="flag")),
+            (
+                Argument(name="alpha", kind="number", low=0, high=1),
+                Argument(name="centered", kind="flag", shapes_state=True),
+            ),
         ),
         ("sgd", 4, (), _SGD_RATES, (_MOMENTUM, Argument(name="nesterov", kind="flag"))),
         ("asgd", 4, (), _SGD_RATES, (Argument(name="lambd", kind="number", low=0),)),

@@ -48,3 +48,11 @@ def hyper_parameters(name: str) -> frozenset[str]:
     group, the optimizer keeps there for itself: how far it is, what rate it found."""
     shared = {"lr", "betas", "beta1", "beta2", "beta3", "eps", "weight_decay"}
     return frozenset(shared | {argument.name for argument in OPTIMIZERS[name].arguments})
+
+
+def state_layout(name: str, arguments: Mapping[str, Argument]) -> str:
+    """The optimizer and what else decides which states it keeps: equal for two runs whose states fit each other."""
+    told = {a.name: arguments.get(a.name, a.default) for a in OPTIMIZERS[name].arguments if a.shapes_state}
+    defaults = {a.name: a.default for a in OPTIMIZERS[name].arguments}
+    changed = (key for key, value in told.items() if value is not False and value != defaults[key])
+    return " ".join((name, *(f"{key}={told[key]}" for key in changed)))

@@ -29,6 +29,7 @@ from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.optim.schedules import schedule_problems
+from simpletuner.optim.settings import state_layout
 from simpletuner.optim.state import averaged_weights, optimizer_state, restore_optimizer_
 from simpletuner.problems import ConfigError, ExitCode, Problem, Severity, SimpletunerError
 from simpletuner.train.build import (
@@ -36,6 +37,7 @@ from simpletuner.train.build import (
     build_training,
     lora_info,
     lora_settings,
+    optimizer_settings,
     schedule_settings,
     step_settings,
 )
@@ -232,7 +234,7 @@ class _Run:
             batch_size=config.optimizer.train_batch_size,
             gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
             world_size=1,
-            optimizer=config.optimizer.optimizer,
+            optimizer=state_layout(config.optimizer.optimizer, optimizer_settings(config).arguments),
             targets=lora.targets,
             rank=lora.rank,
             alpha=lora.alpha,
