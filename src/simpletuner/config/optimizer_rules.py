@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from simpletuner.catalog.optimizers import ANY_DEVICE, OPTIMIZERS, REFUSED_OPTIMIZERS
 from simpletuner.catalog.schedules import SCHEDULES
+from simpletuner.config.libraries import is_installed
 from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.root import Config
 from simpletuner.config.rule import Origins, Rule, limit, rule, short_fix, was_changed, was_set
-from simpletuner.hardware.probe import device_type, is_installed
+from simpletuner.hardware.probe import device_type
 from simpletuner.problems import Fix, Problem, Severity
 
 _WARNING = Severity.WARNING
