@@ -7,6 +7,7 @@ guide have the same outline, commands and configurations.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import shlex
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.catalog.families import FLAVOURS
-from simpletuner.catalog.optimizers import OPTIMIZERS
+from simpletuner.catalog.optimizers import OPTIMIZER_SPELLINGS, OPTIMIZERS, REFUSED_OPTIMIZERS
 from simpletuner.cli import runs
 from simpletuner.cli.help import explain
 from simpletuner.cli.main import COMMANDS
@@ -36,7 +37,7 @@ from simpletuner.problems import ConfigError, ExitCode
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 GUIDES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("INSTALL.md", "TUTORIAL.md", "RUNS.md", "README.md"))]
-GUIDES = [*GUIDES, ROOT / "docs" / "quickstart" / "ZIMAGE.md"]
+GUIDES = [*GUIDES, ROOT / "docs" / "quickstart" / "ZIMAGE.md", ROOT / "docs" / "OPTIMIZERS.md"]
 TRANSLATIONS = [page.with_suffix(".es.md") for page in GUIDES]
 WRITTEN = [*GUIDES, *TRANSLATIONS]
 
@@ -214,7 +215,9 @@ def check_configuration(config: str, datasets: str, folder: Path) -> None:
 def test_names_in_the_text_are_options_or_keys(page: Path):
     """A name with underscores in backquotes is an option, a key of a dataset, or one of the few others."""
     others = {"lora_rnk", "validation_images", "demo_dataset", "guidance_scale", "by_model", "load_lora_weights"}
-    known = {*options(), *dataset_options("image"), *dataset_options("text_embeds"), *OPTIMIZERS, *others}
+    arguments = {argument.name for row in OPTIMIZERS.values() for argument in row.arguments}
+    known = {*options(), *dataset_options("image"), *dataset_options("text_embeds"), *OPTIMIZERS, *arguments, *others}
+    known |= {spelling for spelling, _ in OPTIMIZER_SPELLINGS}
     aliases = {alias for option in options().values() for alias in option.opt.aliases}
     names = {word for word in _INLINE.findall(prose(page)) if _NAME.fullmatch(word)}
     assert names <= known | aliases
@@ -272,6 +275,36 @@ def test_table_of_flavours_is_complete(page: Path):
         )
         for flavour in FLAVOURS.values()
     }
+
+
+OPTIMIZER_PAGES = [ROOT / "docs" / f"OPTIMIZERS{end}.md" for end in ("", ".es")]
+
+
+@pytest.mark.parametrize("page", OPTIMIZER_PAGES, ids=shown)
+def test_table_of_optimizers_is_the_catalogs(page: Path):
+    row = re.compile(r"^\| `([^`]+)` \| [^|]+ \| ([\d.]+) \| ([\d.e-]+) \| ([^|]+) \|$", re.MULTILINE)
+    told = {name: (float(size), float(rate), needs) for name, size, rate, needs in row.findall(read(page))}
+    wanted = {}
+    for optimizer in OPTIMIZERS.values():
+        needs = [optimizer.library.distribution] if optimizer.library else []
+        needs += ["CUDA"] if optimizer.needs_cuda else []
+        size = float(f"{optimizer.state_bytes:.4g}")
+        wanted[optimizer.name] = (size, optimizer.rates.usual, ", ".join(needs) or "-")
+    assert told == wanted
+
+
+@pytest.mark.parametrize("page", OPTIMIZER_PAGES, ids=shown)
+def test_arguments_and_refused_optimizers_are_the_catalogs(page: Path):
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|$", read(page), re.MULTILINE)
+    told = {
+        (name, argument)
+        for pattern, cell in rows
+        for argument in _INLINE.findall(cell)
+        for name in fnmatch.filter(OPTIMIZERS, pattern.strip("`"))
+    }
+    assert told == {(row.name, argument.name) for row in OPTIMIZERS.values() for argument in row.arguments}
+    names = {name for cell, _ in rows for name in _INLINE.findall(cell)}
+    assert set(REFUSED_OPTIMIZERS) == {name for name in names if not fnmatch.filter(OPTIMIZERS, name)}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "README.es.md"], ids=shown)

@@ -20,16 +20,17 @@ LAYERS: dict[str, set[str]] = {
     "__init__": set(),
     "events": BASE,
     "catalog": BASE,
-    "config": BASE | {"events", "catalog"},
+    "hardware": BASE,
+    "config": BASE | {"events", "catalog", "hardware"},
 }
 L2 = ("data", "models", "adapters", "optim", "memory", "quant")
 LAYERS |= {folder: BASE | {"events", "catalog"} for folder in L2}
-LAYERS["validation"] = BASE | {"events", "catalog", "config", *L2}
+LAYERS["validation"] = BASE | {"events", "catalog", "hardware", "config", *L2}
 LAYERS["train"] = LAYERS["validation"] | {"validation"}
 LAYERS["cli"] = LAYERS["train"] | {"train"}
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL"}
-NO_HEAVY_IMPORTS = ("problems", "i18n", "__init__", "events", "catalog", "config")
-STDLIB_ONLY = ("problems", "i18n", "__init__", "events", "catalog")
+NO_HEAVY_IMPORTS = ("problems", "i18n", "__init__", "events", "catalog", "hardware", "config")
+STDLIB_ONLY = ("problems", "i18n", "__init__", "events", "catalog", "hardware")
 
 
 def sources() -> Iterator[tuple[str, Path]]:

@@ -54,13 +54,10 @@ OPTIONS = {
     "E-DEVICE": ({"device": "gpu"}, ["gpu", "cuda:0"]),
     "E-LENGTH-TWICE": ({"max_train_steps": 5, "num_train_epochs": 6}, ["max_train_steps = 5", "num_train_epochs = 6"]),
     "E-LENGTH-NONE": ({"num_train_epochs": 0}, ["max_train_steps", "num_train_epochs"]),
-    "E-BETAS": ({"optimizer_beta1": 0.5}, ["optimizer_beta1", "optimizer_beta2"]),
     "E-SIZE-PAIR": ({"maximum_image_size": 1024}, ["maximum_image_size", "target_downsample_size"]),
     "E-SIZE-MEGAPIXELS": ({"resolution": 1024, "resolution_type": "area"}, ["resolution = 1024", "20", "pixel_area"]),
     "E-SIZE-PIXELS": ({"resolution": 1.0}, ["resolution = 1 ", "pixel_area", "area"]),
     "E-SIZE-MAXIMUM-LOW": ({"maximum_image_size": 256, "target_downsample_size": 256}, ["256", "1024"]),
-    "W-LEARNING-RATE-HIGH": ({"learning_rate": 0.5}, ["learning_rate = 0.5", "0.01"]),
-    "W-SCHEDULE-UNREAD": ({"lr_scheduler": "cosine", "lr_power": 2}, ["cosine", "lr_power"]),
     "W-FLAVOUR-REPOSITORY": (
         {"model_flavour": "base", "pretrained_model_name_or_path": "Tongyi-MAI/Z-Image-Turbo"},
         ["base", "Tongyi-MAI/Z-Image-Turbo"],

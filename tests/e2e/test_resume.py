@@ -124,6 +124,15 @@ def test_cold_and_warm_caches_give_the_same_run(project):
     assert not phases & {"vae", "text_encoder"}, "nothing was missing, so nothing was loaded"
 
 
+IMAGES = {
+    "validation_disable": "false",
+    "validation_prompt": "a photo of a sks ball",
+    "validation_step_interval": "1",
+    "validation_num_inference_steps": "1",
+    "validation_resolution": "64x64",
+}
+
+
 @pytest.mark.slow
 def test_equal_runs_write_equal_files(project):
     for folder in ("one", "another"):
@@ -132,3 +141,19 @@ def test_equal_runs_write_equal_files(project):
     for file in (WEIGHTS, f"checkpoint-4/{WEIGHTS}", "checkpoint-4/optimizer.pt"):
         one, another = (project.root / folder / "ball" / file for folder in ("one", "another"))
         assert one.read_bytes() == another.read_bytes(), file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "images"), [("adamw_schedulefree", IMAGES), ("ao-adamw4bit", {})])
+def test_optimizers_with_states_of_their_own_resume_as_if_nothing_had_happened(project, optimizer, images):
+    """Images and checkpoints in between show what is learnt; they do not move what is trained on."""
+    project.set(optimizer=optimizer, checkpoint_step_interval=0)
+    straight = project.run("train", "--output_dir", "straight")
+    assert straight.returncode == 0, straight.stderr
+    flags = [word for name, value in images.items() for word in (f"--{name}", value)]
+    first = project.run("train", "--max_train_steps", "3", "--checkpoint_step_interval", "1", *flags)
+    assert first.returncode == 0, first.stderr
+    second = project.run("train")
+    assert second.returncode == 0, second.stderr
+    assert project.losses() == project.losses(project.root / "straight")
+    assert_same_weights(project.root / "straight", project.output)

@@ -26,7 +26,8 @@ class Opt:
 
     `holds`: "path" is a file or folder of this machine, "location" a folder or a hub id, "json" text or an object,
     "prompts" one text or a list of them, "aspects" numbers or objects. `aliases`: other names of the option.
-    `choices`: the allowed texts, if they come from a catalog. `spellings`: accepted spelling -> choice.
+    `choices`: the allowed texts, if they come from a catalog. `spellings`: accepted spelling -> choice. `foreign`:
+    texts that are no choices, but that a rule refuses with a reason of its own.
     `keeps_empty`: "" is a value of its own rather than "not set". `shown_default`: how the reference shows a
     default that is computed.
     """
@@ -37,6 +38,7 @@ class Opt:
     holds: Holds = "text"
     choices: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
+    foreign: tuple[str, ...] = ()
     keeps_empty: bool = False
     shown_default: str | None = None
 
@@ -60,7 +62,7 @@ class Opt:
         return found
 
     def _check_choice(self, value: object) -> object:
-        if value is not None and value not in self.choices:
+        if value is not None and value not in (*self.choices, *self.foreign):
             raise PydanticCustomError("choice", "not one of the choices")
         return value
 

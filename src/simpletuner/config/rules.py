@@ -6,57 +6,31 @@ A rule says what is wrong; a limit says what this version knows by name but cann
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSITORY
-from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
-from simpletuner.catalog.schedules import SCHEDULES
 from simpletuner.config.libraries import is_installed
+from simpletuner.config.optimizer_rules import OPTIMIZER_RULES
 from simpletuner.config.paths import is_file
 from simpletuner.config.placeholder import SUBJECT_PLACEHOLDER, has_placeholder
-from simpletuner.config.root import Config, options
-from simpletuner.config.settings import Origin, OriginKind
+from simpletuner.config.root import Config
+from simpletuner.config.rule import Origins, Rule, limit, place_of, rule, short_fix, was_changed
 from simpletuner.config.size_rules import GLOBAL_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
 from simpletuner.problems import Fix, Problem, Severity
 
-Origins = Mapping[str, Origin]
-Check = Callable[[Config, Origins], Problem | None]
-
 _WARNING = Severity.WARNING
-_HIGH_LEARNING_RATE = 1e-2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """A check of the options `names`; the problem is told as one of the first. `is_limit`: not wrong, but beyond
-    this version."""
-
-    names: tuple[str, ...]
-    check: Check
-    is_limit: bool = False
-
-
-def rule(*names: str) -> Callable[[Check], Rule]:
-    """Make a function a rule about the options `names`. It is left out where one of them is invalid itself."""
-    return lambda check: Rule(names=names, check=check)
-
-
-def limit(*names: str) -> Callable[[Check], Rule]:
-    """Make a function a limit of this version, about the options `names`."""
-    return lambda check: Rule(names=names, check=check, is_limit=True)
 
 
 def broken_rules(config: Config, origins: Origins, invalid: frozenset[str]) -> tuple[list[Problem], list[Problem]]:
     """(problems of the rules that `config` breaks, those of the limits that it exceeds)."""
     found: tuple[list[Problem], list[Problem]] = ([], [])
     for known in RULES:
-        problem = None if invalid & set(known.names) else known.check(config, origins)
-        if problem is not None:
+        for problem in () if invalid & set(known.names) else known.problems(config, origins):
             name = problem.path[1:] if problem.path else known.names[0]
-            told = replace(problem, origin=_place((name, *known.names), origins), path=f"/{name}")
+            told = replace(problem, origin=place_of((name, *known.names), origins), path=f"/{name}")
             found[known.is_limit and told.severity is Severity.ERROR].append(told)
     return found
 
@@ -71,43 +45,6 @@ def run_has_one_length(c: Config, origins: Origins) -> Problem | None:
         fixes = (Fix(key="num_train_epochs", value=0), Fix(key="max_train_steps", value=0))
         return Problem(code="E-LENGTH-TWICE", params={"steps": steps, "epochs": epochs}, fixes=fixes)
     return None if steps or epochs else Problem(code="E-LENGTH-NONE", fixes=(Fix(key="num_train_epochs", value=1),))
-
-
-@rule("optimizer_beta1", "optimizer_beta2")
-def betas_come_together(c: Config, origins: Origins) -> Problem | None:
-    betas = {"optimizer_beta1": c.optimizer.optimizer_beta1, "optimizer_beta2": c.optimizer.optimizer_beta2}
-    given = [name for name, value in betas.items() if value is not None]
-    if len(given) != 1:
-        return None
-    missing = next(name for name in betas if name not in given)
-    position = list(betas).index(missing)
-    fixes = (Fix(key=missing, value=OPTIMIZERS[c.optimizer.optimizer].betas[position]),)
-    return Problem(code="E-BETAS", params={"given": given[0], "missing": missing}, path=f"/{given[0]}", fixes=fixes)
-
-
-@rule("learning_rate")
-def learning_rate_is_plausible(c: Config, origins: Origins) -> Problem | None:
-    rate = c.optimizer.learning_rate
-    if rate <= _HIGH_LEARNING_RATE:
-        return None
-    params = {"value": f"{rate:g}", "highest": f"{_HIGH_LEARNING_RATE:g}"}
-    return Problem(code="W-LEARNING-RATE-HIGH", severity=_WARNING, params=params, fixes=(_fix("learning_rate", 1e-4),))
-
-
-@rule("lr_warmup_steps", "lr_end", "lr_num_cycles", "lr_power", "lr_scheduler")
-def schedule_reads_what_is_set(c: Config, origins: Origins) -> Problem | None:
-    schedule = SCHEDULES[c.optimizer.lr_scheduler]
-    reads = {
-        "lr_warmup_steps": schedule.warms_up or not c.optimizer.lr_warmup_steps,
-        "lr_end": schedule.ends,
-        "lr_num_cycles": schedule.cycles,
-        "lr_power": schedule.power,
-    }
-    unread = [name for name, is_read in reads.items() if not is_read and _was_changed(c, name, origins)]
-    if not unread:
-        return None
-    params = {"unread": ", ".join(unread), "schedule": schedule.name}
-    return Problem(code="W-SCHEDULE-UNREAD", severity=_WARNING, params=params, path=f"/{unread[0]}")
 
 
 # The model and its flavour
@@ -146,13 +83,13 @@ def turbo_keeps_its_shift(c: Config, origins: Origins) -> Problem | None:
     if not flavour.distilled or shift == flavour.flow_schedule_shift:
         return None
     params = {"value": f"{shift:g}", "expected": f"{flavour.flow_schedule_shift:g}", "flavour": flavour.name}
-    fixes = (_fix("flow_schedule_shift", flavour.flow_schedule_shift),)
+    fixes = (short_fix("flow_schedule_shift", flavour.flow_schedule_shift),)
     return Problem(code="W-SHIFT-TURBO", severity=_WARNING, params=params, fixes=fixes)
 
 
 @rule("flow_schedule_shift", "flow_schedule_auto_shift")
 def one_shift_at_a_time(c: Config, origins: Origins) -> Problem | None:
-    if not c.flow.flow_schedule_auto_shift or not _was_changed(c, "flow_schedule_shift", origins):
+    if not c.flow.flow_schedule_auto_shift or not was_changed(c, "flow_schedule_shift", origins):
         return None
     params = {"value": f"{c.flow.flow_schedule_shift:g}"}
     return Problem(code="W-SHIFT-AUTO", severity=_WARNING, params=params)
@@ -160,7 +97,7 @@ def one_shift_at_a_time(c: Config, origins: Origins) -> Problem | None:
 
 @rule("flow_sigmoid_scale", "flow_use_uniform_schedule")
 def uniform_has_no_scale(c: Config, origins: Origins) -> Problem | None:
-    if not c.flow.flow_use_uniform_schedule or not _was_changed(c, "flow_sigmoid_scale", origins):
+    if not c.flow.flow_use_uniform_schedule or not was_changed(c, "flow_sigmoid_scale", origins):
         return None
     return Problem(code="W-SIGMOID-UNREAD", severity=_WARNING)
 
@@ -175,7 +112,7 @@ def guidance_suits_the_flavour(c: Config, origins: Origins) -> Problem | None:
     if c.validation.validation_disable or low <= value <= high:
         return None
     params = {"value": f"{value:g}", "low": f"{low:g}", "high": f"{high:g}", "flavour": flavour.name}
-    fixes = (_fix("validation_guidance", flavour.validation_guidance),)
+    fixes = (short_fix("validation_guidance", flavour.validation_guidance),)
     return Problem(code="W-GUIDANCE", severity=_WARNING, params=params, fixes=fixes)
 
 
@@ -186,7 +123,7 @@ def steps_suit_the_flavour(c: Config, origins: Origins) -> Problem | None:
     if c.validation.validation_disable or low <= value <= high:
         return None
     params = {"value": value, "low": low, "high": high, "flavour": flavour.name}
-    fixes = (_fix("validation_num_inference_steps", flavour.validation_num_inference_steps),)
+    fixes = (short_fix("validation_num_inference_steps", flavour.validation_num_inference_steps),)
     return Problem(code="W-STEPS", severity=_WARNING, params=params, fixes=fixes)
 
 
@@ -257,7 +194,7 @@ def interval_needs_checkpointing(c: Config, origins: Origins) -> Problem | None:
 
 @rule("lora_targets", "peft_lora_target_modules")
 def modules_replace_targets(c: Config, origins: Origins) -> Problem | None:
-    if c.adapter.peft_lora_target_modules is None or not _was_changed(c, "lora_targets", origins):
+    if c.adapter.peft_lora_target_modules is None or not was_changed(c, "lora_targets", origins):
         return None
     return Problem(code="W-TARGETS-TWICE", severity=_WARNING, params={"value": c.adapter.lora_targets})
 
@@ -302,14 +239,6 @@ def text_encoder_precision_is_available(c: Config, origins: Origins) -> Problem 
     return _refused_precision("text_encoder_precision", c.memory.text_encoder_precision)
 
 
-@limit("optimizer")
-def optimizer_is_available(c: Config, origins: Origins) -> Problem | None:
-    name = c.optimizer.optimizer
-    if OPTIMIZERS[name].available:
-        return None
-    return _beyond("optimizer", name, "lion" if "lion" in name else "adamw_bf16")
-
-
 @limit("loss_type")
 def loss_is_available(c: Config, origins: Origins) -> Problem | None:
     return None if c.flow.loss_type == "l2" else _beyond("loss_type", c.flow.loss_type, "l2")
@@ -333,25 +262,6 @@ def webhooks_are_not_there_yet(c: Config, origins: Origins) -> Problem | None:
 @limit("push_to_hub")
 def uploads_are_not_there_yet(c: Config, origins: Origins) -> Problem | None:
     return _unused("push_to_hub", "true") if c.publish.push_to_hub else None
-
-
-def _place(names: tuple[str, ...], origins: Origins) -> str | None:
-    """Where the first of `names` that somebody set was set."""
-    return next((origins[name].place for name in names if _was_set(name, origins)), None)
-
-
-def _was_set(name: str, origins: Origins) -> bool:
-    return origins[name].kind not in (OriginKind.DEFAULT, OriginKind.FLAVOUR)
-
-
-def _was_changed(c: Config, name: str, origins: Origins) -> bool:
-    """Whether somebody gave the option a value that is not its default anyway."""
-    return _was_set(name, origins) and c.option(name) != options()[name].default
-
-
-def _fix(name: str, value: float) -> Fix:
-    short = float(f"{value:g}")
-    return Fix(key=name, value=int(short) if short.is_integer() else short)
 
 
 def _unnamed(name: str) -> Problem:
@@ -385,4 +295,4 @@ def _all_rules() -> Iterator[Rule]:
     yield from (value for value in list(globals().values()) if isinstance(value, Rule))
 
 
-RULES = tuple(_all_rules())
+RULES = (*_all_rules(), *OPTIMIZER_RULES)

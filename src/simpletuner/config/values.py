@@ -159,11 +159,11 @@ def _text(value: object, option: Option) -> str:
 
 
 def _choice(value: str, option: Option) -> str:
-    spellings = {fold(choice): choice for choice in option.choices}
+    spellings = {fold(choice): choice for choice in (*option.choices, *option.opt.foreign)}
     spellings.update((fold(spelling), choice) for spelling, choice in option.opt.spellings)
     if fold(value) in spellings:
         return spellings[fold(value)]
-    guess = closest(fold(value), spellings)
+    guess = closest(fold(value), (word for word, choice in spellings.items() if choice in option.choices))
     fixes = (Fix(key=option.name, value=spellings[guess]),) if guess else ()
     params = {"key": option.name, "value": show(value), "choices": ", ".join(option.choices)}
     raise BadValueError(Problem(code="E-VALUE-CHOICE", params=params, fixes=fixes))

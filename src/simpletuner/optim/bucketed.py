@@ -21,6 +21,14 @@ from simpletuner.optim.rounding import Dither, lattice_of, stochastic_round_
 _MAX_BUCKET_CPU = 1 << 16
 _MAX_BUCKET_DEVICE = 1 << 22
 
+VALUES = "param"
+"""What the parameters themselves are called where a name stands for a row."""
+
+
+def rest_of(name: str) -> str:
+    """The name of the state that holds what rounding cut off `name`."""
+    return f"{name}_rest"
+
 
 @dataclass(kw_only=True)
 class Bucket:
@@ -37,22 +45,39 @@ class Bucket:
         grads = [cast("Tensor", p.grad) for p in self.params]
         if all(t.dtype == torch.float32 and t.is_contiguous() for t in (*self.params, *grads)):
             return list(self.params), grads
-        values, gradients = ([t.reshape(-1) for t in tensors] for tensors in (self.params, grads))
-        return [torch.cat(values).float()], [torch.cat(gradients).float()]
+        values, gradients = (torch.cat([t.reshape(-1) for t in tensors]) for tensors in (self.params, grads))
+        return [self._with_rest(VALUES, values)], [gradients.float()]
 
-    def store_values_(self, values: Sequence[Tensor], dither: Dither) -> None:
-        """Write the values of `operands` back, rounded stochastically if the parameters are bfloat16."""
+    def store_values_(self, values: Sequence[Tensor], dither: Dither | None) -> None:
+        """Write the values of `operands` back, rounded as by `store_state_` if the parameters are bfloat16."""
         if values[0] is self.params[0]:
             return
         (row,) = values
         if self.params[0].dtype == torch.bfloat16:
-            stochastic_round_(row, dither)
+            row = self._rounded(VALUES, row, dither)
         torch._foreach_copy_(list(self.params), pieces(row, self.params))
 
-    def store_state_(self, name: str, values: Tensor, dither: Dither) -> None:
-        """Keep float32 `values` [N] for the next step, rounded stochastically if the state is bfloat16."""
+    def state(self, name: str) -> Tensor:
+        """A state in float32, [N], with what rounding cut off if that was kept."""
+        return self._with_rest(name, self.rows[name])
+
+    def store_state_(self, name: str, values: Tensor, dither: Dither | None) -> None:
+        """Keep float32 `values` [N] for the next step. A bfloat16 state is rounded stochastically by `dither`, without
+        one to the nearest; what that cuts off is kept where there is a row for it."""
         row = self.rows[name]
-        row.copy_(stochastic_round_(values, dither) if row.dtype == torch.bfloat16 else values)
+        row.copy_(self._rounded(name, values, dither) if row.dtype == torch.bfloat16 else values)
+
+    def _with_rest(self, name: str, row: Tensor) -> Tensor:
+        rest = self.rows.get(rest_of(name))
+        return row.float() if rest is None else row.float().add_(rest)
+
+    def _rounded(self, name: str, values: Tensor, dither: Dither | None) -> Tensor:
+        if dither is not None:
+            return stochastic_round_(values, dither)
+        nearest = values.bfloat16()
+        if rest_of(name) in self.rows:
+            self.rows[rest_of(name)].copy_(values - nearest.float())
+        return nearest
 
 
 def pieces(row: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -65,7 +90,7 @@ class BucketedOptimizer(torch.optim.Optimizer):
     """An optimizer whose update is written once, for a bucket.
 
     State per parameter: "step" (int, updates so far) and one tensor of the parameter's shape for each of
-    `STATE_NAMES`. The tensors are views into the buckets' rows.
+    `state_names`. The tensors are views into the buckets' rows.
     """
 
     STATE_NAMES: ClassVar[tuple[str, ...]]
@@ -82,6 +107,10 @@ class BucketedOptimizer(torch.optim.Optimizer):
         self._buckets: list[Bucket] = []
         self._lattices: dict[torch.device, Tensor] = {}
         super().__init__(params, defaults)
+
+    def state_names(self, param: nn.Parameter) -> tuple[str, ...]:
+        """The states of `param`."""
+        return self.STATE_NAMES
 
     @abstractmethod
     def state_dtype(self, param: nn.Parameter) -> torch.dtype:
@@ -144,7 +173,7 @@ class BucketedOptimizer(torch.optim.Optimizer):
         """Move the states of `params` into new rows; what has no state yet starts at zero."""
         states = [cast("dict[str, Any]", self.state[p]) for p in params]
         rows = {}
-        for name in self.STATE_NAMES:
+        for name in self.state_names(params[0]):
             olds = [s.get(name) for s in states]
             dtype = self.state_dtype(params[0])
             parts = [torch.zeros_like(p) if old is None else old for p, old in zip(params, olds, strict=True)]

@@ -38,7 +38,7 @@ class Lion(BucketedOptimizer):
     def update_(self, bucket: Bucket, dither: Dither) -> None:
         lr, weight_decay = bucket.hyper["lr"], bucket.hyper["weight_decay"]
         beta1, beta2 = bucket.hyper["betas"]
-        momentum = bucket.rows["exp_avg"].float()
+        momentum = bucket.state("exp_avg")
         values, grads = bucket.operands()
         momenta = pieces(momentum, values)
         directions = torch._foreach_lerp(momenta, grads, 1 - beta1)

@@ -24,7 +24,9 @@ from simpletuner.adapters.lora import (
     trainable_parameters,
 )
 from simpletuner.adapters.targets import linear_names
+from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
+from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.root import Config
 from simpletuner.data.prompts import PromptStore
 from simpletuner.events.run_directory import RunRecorder
@@ -36,8 +38,9 @@ from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.load import load_transformer
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.transformer import ZImageTransformer, velocity
-from simpletuner.optim.build import OptimizerSettings, build_optimizer
+from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.schedules import ScheduleSettings
+from simpletuner.optim.settings import OptimizerSettings
 from simpletuner.quant.build import quantiser
 from simpletuner.train.context import ContextCache
 from simpletuner.train.device import Compute
@@ -222,6 +225,8 @@ def lora_settings(config: Config) -> LoraSettings:
 def optimizer_settings(config: Config) -> OptimizerSettings:
     """What the optimizer takes from the options."""
     optimizer = config.optimizer
+    arguments, problems = read_arguments(optimizer.optimizer_config, OPTIMIZERS[optimizer.optimizer])
+    assert not problems, problems
     return OptimizerSettings(
         learning_rate=optimizer.learning_rate,
         beta1=optimizer.optimizer_beta1,
@@ -229,6 +234,7 @@ def optimizer_settings(config: Config) -> OptimizerSettings:
         weight_decay=optimizer.adam_weight_decay,
         epsilon=optimizer.adam_epsilon,
         seed=config.run.seed,
+        arguments=arguments,
     )
 
 

@@ -16,6 +16,7 @@ from simpletuner.events.signals import StopRequest
 from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.vae import LatentCodec, load_latent_codec
+from simpletuner.optim.state import averaged_weights
 from simpletuner.train.build import Training
 from simpletuner.train.prepare import free_memory, vae_dtype
 from simpletuner.validation.gallery import Gallery
@@ -92,6 +93,7 @@ class Validator:
             total = len(requests) * settings.num_steps
             with (
                 suppress(_StoppedError),
+                averaged_weights(training.optimizer),
                 self._run.phase("validation", total=total, unit="steps") as progress,
             ):
 

@@ -35,7 +35,7 @@ class Recipe:
     batch_size: int
     gradient_accumulation_steps: int
     world_size: int
-    optimizer: str
+    optimizer: str  # its name, and the arguments that decide which states it keeps
     targets: tuple[str, ...]
     rank: int
     alpha: float

@@ -28,14 +28,16 @@ from simpletuner.models.hub import Download
 from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
-from simpletuner.optim.build import restore_optimizer_
 from simpletuner.optim.schedules import schedule_problems
+from simpletuner.optim.settings import state_layout
+from simpletuner.optim.state import averaged_weights, optimizer_state, restore_optimizer_
 from simpletuner.problems import ConfigError, ExitCode, Problem, Severity, SimpletunerError
 from simpletuner.train.build import (
     Training,
     build_training,
     lora_info,
     lora_settings,
+    optimizer_settings,
     schedule_settings,
     step_settings,
 )
@@ -153,7 +155,8 @@ class _Run:
             )
             if checkpoint is not None:
                 training.load_adapter_state(dict(load_adapter(checkpoint)))
-                restore_optimizer_(training.optimizer, load_optimizer_state(checkpoint))
+                state = load_optimizer_state(checkpoint)
+                restore_optimizer_(training.optimizer, state, name=config.optimizer.optimizer)
             validator.show_base()
             if start_step and config.validation.validation_on_startup:
                 validator.show(start_step)
@@ -231,7 +234,7 @@ class _Run:
             batch_size=config.optimizer.train_batch_size,
             gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
             world_size=1,
-            optimizer=config.optimizer.optimizer,
+            optimizer=state_layout(config.optimizer.optimizer, optimizer_settings(config).arguments),
             targets=lora.targets,
             rank=lora.rank,
             alpha=lora.alpha,
@@ -318,14 +321,15 @@ class _Run:
 
     def _save(self, training: Training, recipe: Recipe, step: int) -> None:
         begun = time.monotonic()
-        with self._run.phase("checkpoint"):
+        state = optimizer_state(training.optimizer)
+        with self._run.phase("checkpoint"), averaged_weights(training.optimizer):
             checkpoint = save_checkpoint(
                 self._output_dir,
                 step=step,
                 recipe=recipe,
                 adapter=training.adapter_state(),
                 info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config)),
-                optimizer_state=training.optimizer.state_dict(),
+                optimizer_state=state,
             )
         self._run.emit(
             CheckpointSaved(
@@ -342,7 +346,8 @@ class _Run:
         begun = time.monotonic()
         path = self._output_dir / LORA_FILE_NAME
         info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config))
-        save_lora(path, training.adapter_state(), info)
+        with averaged_weights(training.optimizer):
+            save_lora(path, training.adapter_state(), info)
         self._run.emit(
             CheckpointSaved(
                 step=step,

@@ -6,14 +6,27 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from simpletuner.catalog.optimizers import OPTIMIZERS
+from simpletuner.catalog.optimizers import OPTIMIZER_SPELLINGS, OPTIMIZERS, REFUSED_OPTIMIZERS
 from simpletuner.catalog.schedules import SCHEDULE_SPELLINGS, SCHEDULES
 from simpletuner.config.fields import Opt, Section
 
 
 class OptimizerSection(Section):
-    optimizer: Annotated[str, Opt(level="basic", choices=tuple(OPTIMIZERS))] = "adamw_bf16"
-    """The update rule. adamw_bf16 is a good first choice; lion wants a learning rate 3 to 10 times smaller."""
+    optimizer: Annotated[
+        str,
+        Opt(
+            level="basic",
+            choices=tuple(OPTIMIZERS),
+            spellings=OPTIMIZER_SPELLINGS,
+            foreign=tuple(REFUSED_OPTIMIZERS),
+        ),
+    ] = "adamw_bf16"
+    """The update rule. adamw_bf16 is a good first choice; lion wants a learning rate 3 to 10 times smaller, prodigy
+    one of 1. OPTIMIZERS.md compares them."""
+
+    optimizer_config: Annotated[str | None, Opt(holds="json")] = None
+    """Arguments of this optimizer alone, key=value,key=value or an object; rounding=kahan for adamw_bf16, d_coef=2
+    for prodigy. OPTIMIZERS.md lists them."""
 
     learning_rate: Annotated[float, Gt(0), Le(1), Opt(level="basic")] = 1e-4
     """Step size at the height of the schedule."""

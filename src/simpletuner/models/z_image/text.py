@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.models.files import WeightFiles, digest_files, fingerprint, read_json, unsupported
+from simpletuner.models.lean_imports import lean_imports
 from simpletuner.models.streaming import Conversion, load_weights_
 from simpletuner.models.z_image.layouts import text_encoder_keys
 from simpletuner.problems import ModelError, Problem
@@ -86,8 +87,9 @@ def load_prompt_encoder(
     Raises:
         ModelError: the files are damaged or do not fit their config; E-MODEL-TOKENIZER, E-MODEL-NO-TEMPLATE.
     """
-    from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
+    with lean_imports():
+        from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+        from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3RotaryEmbedding
 
     stored = read_json(files.config_path)
     try:
@@ -132,7 +134,8 @@ def encoder_id(
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    with lean_imports():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)

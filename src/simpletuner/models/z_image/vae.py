@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.models.files import WeightFiles, fingerprint, read_json, unsupported
+from simpletuner.models.lean_imports import lean_imports
 from simpletuner.models.streaming import load_weights_
 from simpletuner.models.z_image.spec import Z_IMAGE
 
@@ -91,7 +92,8 @@ def load_latent_codec(
     Raises:
         ModelError: the files are damaged or do not fit their config.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    with lean_imports():
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     config = read_json(files.config_path)
     try:

@@ -1,0 +1,65 @@
+"""What this machine has, found out without importing anything heavy. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+_CUDA_DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
+_ROCM_DEVICE = Path("/dev/kfd")
+_BUILT_FOR = re.compile(r"^(cuda|hip)\b[^=\n]*=\s*['\"]", re.MULTILINE)
+
+
+def device_type(requested: str) -> str:
+    """The torch device type that the option `device` comes to here: "cpu", "cuda" or "mps"."""
+    if requested != "auto":
+        return requested.partition(":")[0]
+    if has_cuda():
+        return "cuda"
+    return "mps" if sys.platform == "darwin" and _is_apple_silicon() else "cpu"
+
+
+def has_cuda() -> bool:
+    """Whether torch could use a GPU as its device "cuda": torch is built for one, and there is one.
+
+    Asking the driver takes some tenths of a second; ask where the answer matters. ROCm counts as "cuda", as it does
+    in torch.
+    """
+    built_for = torch_built_for()
+    if built_for == "cuda":
+        return _num_cuda_devices() > 0
+    return built_for == "hip" and _ROCM_DEVICE.exists()
+
+
+def torch_built_for() -> str | None:
+    """ "cuda", "hip", or None: the torch that is installed knows no GPU of these kinds, or there is no torch."""
+    spec = importlib.util.find_spec("torch")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        version = Path(folder) / "version.py"
+        if version.is_file():
+            found = _BUILT_FOR.search(version.read_text(encoding="utf-8"))
+            return found[1] if found else None
+    return None
+
+
+def _num_cuda_devices() -> int:
+    """Devices that the driver shows to this process; CUDA_VISIBLE_DEVICES counts."""
+    for name in _CUDA_DRIVERS:
+        try:
+            driver = ctypes.CDLL(name)
+        except OSError:
+            continue
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            return count.value
+        return 0
+    return 0
+
+
+def _is_apple_silicon() -> bool:
+    import platform
+
+    return platform.machine() == "arm64"
