@@ -104,7 +104,7 @@ def training_step(
     optimizer: str = "adamw",
     autocast: torch.dtype | None = None,
 ) -> Callable[[], float]:
-    """One update of a run over a model with its adapter: `train_step` with what a run puts around it. Returns the loss."""
+    """One update of a run: `train_step` over a model with its adapter, as a run calls it. Returns the loss."""
     device = latents[0].device
     params = trainable_parameters(transformer)
     moves = build_optimizer(optimizer, params, OptimizerSettings(learning_rate=LEARNING_RATE))

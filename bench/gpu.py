@@ -1,8 +1,8 @@
 """Steps of the 6.15 B-parameter transformer on an accelerator: time, memory, and how much of the card's rate is used.
 
-Random weights, one image, rank-16 and rank-64 LoRA on attention and MLP of the main blocks, captions of 77 tokens. Each case
-runs in a process of its own. Cards of 8 to 24 GB are emulated by a cap on what the process may allocate. Without an
-accelerator the same program runs the demo base on the CPU for a few steps and writes nothing.
+Random weights, one image, rank-16 and rank-64 LoRA on attention and MLP of the main blocks, captions of 77 tokens. Each
+case runs in a process of its own. Cards of 8 to 24 GB are emulated by a cap on what the process may allocate. Without
+an accelerator the same program runs the demo base on the CPU for a few steps and writes nothing.
 
     python bench/gpu.py [--only TEXT ...] [--steps 30] [--budget-s SECONDS]
 

@@ -26,4 +26,4 @@ def test_a_missing_library_is_named(project, monkeypatch, option, precision, lib
     assert problem.code == "E-LIBRARY-MISSING"
     for language in ("en", "es"):
         title, hint = render_problem(problem, language)
-        assert library in title and f"pip install {library}" in (hint or "")
+        assert library in title and f"pip install '{library}" in (hint or "")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import simpletuner
-from simpletuner.catalog.optimizers import LIBRARIES, OPTIMIZER_SPELLINGS, OPTIMIZERS, REFUSED_OPTIMIZERS
+from simpletuner.catalog.libraries import LIBRARIES
+from simpletuner.catalog.optimizers import OPTIMIZER_SPELLINGS, OPTIMIZERS, REFUSED_OPTIMIZERS
 from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import Severity
@@ -103,6 +104,9 @@ def check(problem, words, fixes):
     assert render_problem(problem, "en")[0] != render_problem(problem, "es")[0]
 
 
+OF_OPTIMIZERS = [library for library in LIBRARIES if library.extra == "optimizers"]
+
+
 @pytest.mark.parametrize("code", PROBLEMS)
 def test_problems_of_the_optimizer(with_config, code):
     options, words, fixes = PROBLEMS[code]
@@ -112,12 +116,12 @@ def test_problems_of_the_optimizer(with_config, code):
     assert problem.severity is (Severity.WARNING if code.startswith("W-") else Severity.ERROR)
 
 
-@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.module)
+@pytest.mark.parametrize("library", OF_OPTIMIZERS, ids=lambda library: library.module)
 def test_a_missing_library_is_named_with_the_command_that_brings_it(with_config, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library.module, None)  # Python's own way to say that it is not there
     row = next(row for row in OPTIMIZERS.values() if row.library == library and "cpu" in row.devices)
     project = with_config(optimizer=row.name, learning_rate=row.rates.usual)
-    problem = project.problem("E-OPTIMIZER-LIBRARY")
+    problem = project.problem("E-LIBRARY-MISSING")
     words = [row.name, library.distribution, "pip install -e '.[optimizers]'", f"pip install '{library.requirement}'"]
     check(problem, words, {"optimizer": "adamw_bf16"})
     assert [p.severity for p in project.load(must_run=False).warnings] == [Severity.WARNING], "no mistake of the file"
@@ -125,7 +129,7 @@ def test_a_missing_library_is_named_with_the_command_that_brings_it(with_config,
 
 def test_every_text_is_asserted_above():
     catalog = json.loads((LOCALES / "en/optimizers.json").read_text(encoding="utf-8"))
-    assert {key.split(".")[1] for key in catalog} == PROBLEMS.keys() | {"E-OPTIMIZER-LIBRARY"}
+    assert {key.split(".")[1] for key in catalog} == PROBLEMS.keys()
 
 
 @pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if "cpu" in row.devices])
@@ -172,8 +176,10 @@ def test_all_problems_of_the_arguments_are_told_at_once():
 
 def test_the_extra_installs_what_the_catalog_names():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    extra = re.search(r"^optimizers = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
-    assert set(re.findall(r'"([^"]+)"', extra[1])) == {library.requirement for library in LIBRARIES}
+    for name in {library.extra for library in LIBRARIES}:
+        extra = re.search(rf"^{name} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
+        wanted = {library.requirement for library in LIBRARIES if library.extra == name}
+        assert set(re.findall(r'"([^"]+)"', extra[1])) == wanted
     for name in ("cuda", "cuda13"):
         told = re.search(rf"^{name} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
         wanted = {library.requirement for library in LIBRARIES if library.module in ("bitsandbytes", "torchao")}

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
+from simpletuner.catalog.libraries import (
+    BITSANDBYTES,
+    OPTIMI,
+    PRODIGY,
+    PYTORCH_OPTIMIZER,
+    SCHEDULEFREE,
+    TORCHAO,
+    Library,
+)
+
 ANY_DEVICE = ("cpu", "cuda", "mps")
 _CPU_CUDA = ("cpu", "cuda")
 _CUDA = ("cuda",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Library:
-    """A package that an optimizer comes from. `requirement` is what pip is told, `extra` ours that installs it."""
-
-    distribution: str
-    module: str
-    requirement: str
-    extra: str = "optimizers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,17 +86,6 @@ class RefusedOptimizer:
     instead: str
 
 
-_BITSANDBYTES = Library(distribution="bitsandbytes", module="bitsandbytes", requirement="bitsandbytes>=0.50,<0.52")
-_TORCHAO = Library(distribution="torchao", module="torchao", requirement="torchao>=0.18,<0.20")
-_OPTIMI = Library(distribution="torch-optimi", module="optimi", requirement="torch-optimi>=0.3.3,<0.4")
-_PRODIGY = Library(distribution="prodigyopt", module="prodigyopt", requirement="prodigyopt>=1.1.2,<2")
-_SCHEDULEFREE = Library(distribution="schedulefree", module="schedulefree", requirement="schedulefree>=1.4.1,<2")
-_PYTORCH_OPTIMIZER = Library(
-    distribution="pytorch_optimizer", module="pytorch_optimizer", requirement="pytorch_optimizer>=4.1,<5"
-)
-
-LIBRARIES = (_BITSANDBYTES, _TORCHAO, _OPTIMI, _PRODIGY, _SCHEDULEFREE, _PYTORCH_OPTIMIZER)
-
 # Lion moves every element by the rate.
 _LION_RATES = Rates(usual=2e-5, high=1e-3)
 _LION_BETAS = (0.9, 0.99)
@@ -116,7 +105,7 @@ def _adapting() -> Iterator[Optimizer]:
     yield Optimizer(
         name="prodigy",
         state_bytes=16,
-        library=_PRODIGY,
+        library=PRODIGY,
         rates=Rates(usual=1.0, low=0.05, high=10.0),
         finds_rate=True,
         arguments=(
@@ -132,7 +121,7 @@ def _adapting() -> Iterator[Optimizer]:
     yield Optimizer(
         name="adamw_schedulefree",
         state_bytes=8,
-        library=_SCHEDULEFREE,
+        library=SCHEDULEFREE,
         rates=Rates(usual=3e-4),
         averages_weights=True,
         arguments=(
@@ -156,7 +145,7 @@ def _adapting() -> Iterator[Optimizer]:
     yield Optimizer(
         name="soap",
         state_bytes=8.04,
-        library=_PYTORCH_OPTIMIZER,
+        library=PYTORCH_OPTIMIZER,
         betas=(0.95, 0.95),
         devices=_CPU_CUDA,
         arguments=(
@@ -208,7 +197,7 @@ def _bitsandbytes() -> Iterator[Optimizer]:
             yield Optimizer(
                 name=f"bnb-{kind}{suffix}",
                 state_bytes=num_states * (1 + 4 / 256 if is_8bit else 4),
-                library=_BITSANDBYTES,
+                library=BITSANDBYTES,
                 betas=betas,
                 devices=_CUDA if is_paged else _CPU_CUDA,
                 rates=rates,
@@ -227,7 +216,7 @@ def _torchao() -> Iterator[Optimizer]:
         ("ao-adamfp8", 2.03),
         ("ao-adamwfp8", 2.03),
     ):
-        yield Optimizer(name=name, state_bytes=state_bytes, library=_TORCHAO, devices=_CPU_CUDA, arguments=(block,))
+        yield Optimizer(name=name, state_bytes=state_bytes, library=TORCHAO, devices=_CPU_CUDA, arguments=(block,))
 
 
 def _optimi() -> Iterator[Optimizer]:
@@ -251,7 +240,7 @@ def _optimi() -> Iterator[Optimizer]:
         yield Optimizer(
             name=f"optimi-{kind}",
             state_bytes=state_bytes,
-            library=_OPTIMI,
+            library=OPTIMI,
             betas=betas,
             rates=rates.get(kind, Rates(usual=1e-4)),
             epsilon=kind not in ("lion", "sgd"),

@@ -6,18 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-
-@dataclass(frozen=True, kw_only=True)
-class Library:
-    """A package that a format needs. `name` as pip knows it, `module` as it is imported; `extra` of ours brings it."""
-
-    name: str
-    module: str
-    extra: str
-
-
-BITSANDBYTES = Library(name="bitsandbytes", module="bitsandbytes", extra="quant")
-QUANTO = Library(name="optimum-quanto", module="optimum.quanto", extra="quanto")
+from simpletuner.catalog.libraries import BITSANDBYTES, QUANTO, Library
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,21 @@
-"""Whether an optional library is there, without importing it."""
+"""Optional libraries that an option asks for, looked for without importing them."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from simpletuner.catalog.libraries import Library
+from simpletuner.hardware.probe import is_installed
+from simpletuner.problems import Fix, Problem
 
 
-def is_installed(module: str) -> bool:
-    """Whether `import module` would find something. Of a dotted name only the first part is imported, if at all."""
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+def missing_library(key: str, value: str, library: Library | None, *, instead: str) -> Problem | None:
+    """The problem if `key` = `value` needs a library that is not installed; `instead` is a value that needs none."""
+    if library is None or is_installed(library.module):
+        return None
+    params = {
+        "key": key,
+        "value": value,
+        "distribution": library.distribution,
+        "extra": f"pip install -e '.[{library.extra}]'",
+        "command": f"pip install '{library.requirement}'",
+    }
+    return Problem(code="E-LIBRARY-MISSING", params=params, fixes=(Fix(key=key, value=instead),))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from simpletuner.catalog.optimizers import ANY_DEVICE, OPTIMIZERS, REFUSED_OPTIMIZERS
 from simpletuner.catalog.schedules import SCHEDULES
-from simpletuner.config.libraries import is_installed
+from simpletuner.config.libraries import missing_library
 from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.root import Config
 from simpletuner.config.rule import Origins, Rule, limit, rule, short_fix, was_changed, was_set
@@ -104,17 +104,10 @@ def averaging_replaces_a_falling_rate(c: Config, origins: Origins) -> Problem | 
 @limit("optimizer")
 def library_is_installed(c: Config, origins: Origins) -> Problem | None:
     optimizer = OPTIMIZERS.get(c.optimizer.optimizer)
-    if optimizer is None or optimizer.library is None or is_installed(optimizer.library.module):
+    if optimizer is None:
         return None
-    library = optimizer.library
-    params = {
-        "optimizer": optimizer.name,
-        "distribution": library.distribution,
-        "extra": f"pip install -e '.[{library.extra}]'",
-        "command": f"pip install '{library.requirement}'",
-    }
     own = "lion" if "lion" in optimizer.name else "adamw_bf16"
-    return Problem(code="E-OPTIMIZER-LIBRARY", params=params, fixes=(Fix(key="optimizer", value=own),))
+    return missing_library("optimizer", optimizer.name, optimizer.library, instead=own)
 
 
 @limit("optimizer", "device")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSITORY
 from simpletuner.catalog.precisions import PRECISIONS
-from simpletuner.config.libraries import is_installed
+from simpletuner.config.libraries import missing_library
 from simpletuner.config.optimizer_rules import OPTIMIZER_RULES
 from simpletuner.config.paths import is_file
 from simpletuner.config.placeholder import SUBJECT_PLACEHOLDER, has_placeholder
@@ -280,10 +280,7 @@ def _refused_precision(option: str, name: str) -> Problem | None:
     if row.refused is not None:
         params = {"key": option, "value": name, "instead": row.instead}
         return Problem(code=row.refused, params=params, fixes=(Fix(key=option, value=row.instead),))
-    if row.library is not None and not is_installed(row.library.module):
-        params = {"key": option, "value": name, "library": row.library.name}
-        return Problem(code="E-LIBRARY-MISSING", params=params, fixes=(Fix(key=option, value="int8-torchao"),))
-    return None
+    return missing_library(option, name, row.library, instead="int8-torchao")
 
 
 def _unused(name: str, value: str) -> Problem:

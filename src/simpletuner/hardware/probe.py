@@ -13,6 +13,14 @@ _ROCM_DEVICE = Path("/dev/kfd")
 _BUILT_FOR = re.compile(r"^(cuda|hip)\b[^=\n]*=\s*['\"]", re.MULTILINE)
 
 
+def is_installed(module: str) -> bool:
+    """Whether the top-level `module` could be imported; it is not."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # imported in an unusual way: it is there
+        return module in sys.modules
+
+
 def device_type(requested: str) -> str:
     """The torch device type that the option `device` comes to here: "cpu", "cuda" or "mps"."""
     if requested != "auto":
