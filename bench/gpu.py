@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, object]]:
     if not has_gpu:
         print("No accelerator: the demo base on the CPU, to see that the program runs.")
         chosen = [Case(precision=precision, checkpointing=True, resolution_px=128) for precision in PRECISIONS]
-        args.steps, args.warm_up = 2, 1
+        args.steps, args.warm_up = min(args.steps, 2), min(args.warm_up, 1)
     begun, rows = time.perf_counter(), []
     context = multiprocessing.get_context("spawn")
     for case in chosen:

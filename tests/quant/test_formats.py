@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.layer import LoraLinear
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.quant.build import FORMATS, quantiser
-from simpletuner.quant.formats import Int4Format, Int8Format, group_size
+from simpletuner.quant.formats import Int4Format, Int8Format
 from simpletuner.quant.linear import FrozenLinear
 
 ROWS, COLUMNS = 192, 256
@@ -126,14 +126,13 @@ def test_numbers_on_the_grid_are_kept(rows, groups, seed):
         torch.testing.assert_close(twice, once, rtol=0.01, atol=0.02)
 
 
-@pytest.mark.parametrize(("columns", "expected"), [(3840, 128), (10240, 128), (96, 32), (48, 16)])
-def test_groups_divide_the_row(columns, expected):
-    assert group_size(columns) == expected
-
-
-def test_a_row_that_cannot_be_cut_is_refused():
-    with pytest.raises(ValueError, match="100 weights"):
-        group_size(100)
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("columns", [2730, 48])
+def test_rows_of_any_length_can_be_packed(name, columns):
+    w = torch.randn(32, columns, generator=torch.Generator().manual_seed(4))
+    layer = FrozenLinear.from_weight(w, None, form=FORMATS[name])
+    assert layer.unpacked().shape == w.shape
+    assert (layer.unpacked() - w).norm() <= 0.15 * w.norm()
 
 
 @pytest.mark.parametrize("name", ["plain", "int8-torchao", "fp8wo-torchao", "int4-torchao", "nf4-bnb"])

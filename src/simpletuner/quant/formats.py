@@ -7,8 +7,6 @@ numbers by one cast.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +14,6 @@ from torch import Tensor
 from simpletuner.quant.linear import Parts, WeightFormat
 
 _GROUP = 128  # weights that share a scale in the 4-bit format
-_MIN_GROUP = 16
 _TINY = 1e-12  # a row of zeros has this scale
 
 
@@ -105,30 +102,20 @@ class Int4Format(WeightFormat):
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         rows, columns = weight.shape
-        groups = weight.float().view(rows, -1, group_size(columns))
+        # A last group that is not full repeats its last weight, which changes neither its least nor its greatest.
+        padded = F.pad(weight.float()[None], (0, -columns % _GROUP), mode="replicate")[0]
+        groups = padded.view(rows, -1, _GROUP)
         offset, greatest = groups.aminmax(dim=2)
         scale = ((greatest - offset) / 15).clamp_(min=_TINY)
         # Rounded first, so that the codes are chosen for the numbers that will be read.
         scale, offset = scale.bfloat16(), offset.bfloat16()
         codes = ((groups - offset[..., None].float()) / scale[..., None].float()).round_().clamp_(0, 15)
-        flat = codes.to(torch.uint8).view(rows, columns)
+        flat = codes.to(torch.uint8).view(rows, -1)
         return {"codes": flat[:, ::2] | (flat[:, 1::2] << 4), "scale": scale, "offset": offset}
 
     def unpack(self, parts: Parts, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         rows, columns = shape
         codes = parts["codes"]
-        levels = torch.stack((codes & 15, codes >> 4), dim=-1).view(rows, -1, group_size(columns)).to(dtype)
+        levels = torch.stack((codes & 15, codes >> 4), dim=-1).view(rows, -1, _GROUP).to(dtype)
         scale, offset = (parts[name].to(dtype)[..., None] for name in ("scale", "offset"))
-        return levels.mul_(scale).add_(offset).view(rows, columns)
-
-
-def group_size(columns: int) -> int:
-    """Weights in a group of a row of `columns`: 128, or the largest power of two below that divides the row.
-
-    Raises:
-        ValueError: the row cannot be cut into groups of at least 16.
-    """
-    size = math.gcd(columns, _GROUP)
-    if size < _MIN_GROUP:
-        raise ValueError(f"rows of {columns} weights cannot be cut into groups of at least {_MIN_GROUP}")
-    return size
+        return levels.mul_(scale).add_(offset).view(rows, -1)[:, :columns]
