@@ -44,12 +44,16 @@ class NF4Format(WeightFormat):
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         book, nested_book = self._code_books(parts["codes"].device)
+        # Blocks run on over the ends of rows, but the library's CPU kernel begins a new one with every row (0.50): it is
+        # shown one long row where that matters.
+        rows, columns = shape
+        as_read = shape if columns % _BLOCK == 0 else (1, rows * columns)
         nested = QuantState(
             absmax=parts["nested_absmax"], blocksize=_NESTED_BLOCK, code=nested_book, dtype=torch.float32
         )
         state = QuantState(
             absmax=parts["absmax"],
-            shape=torch.Size(shape),
+            shape=torch.Size(as_read),
             code=book,
             blocksize=_BLOCK,
             quant_type="nf4",
@@ -58,7 +62,7 @@ class NF4Format(WeightFormat):
             state2=nested,
         )
         weight: Tensor = dequantize_4bit(parts["codes"], state)
-        return weight
+        return weight.view(shape)
 
     def _code_books(self, device: torch.device) -> tuple[Tensor, Tensor]:
         books = self._books.get(device)
