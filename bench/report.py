@@ -1,4 +1,4 @@
-"""Put the tables of bench/results/*.json into docs/performance.md, between its markers.
+"""Put the tables of bench/results/*.json into docs/performance.md and docs/performance.es.md, between their markers.
 
 python bench/report.py
 """
@@ -6,33 +6,48 @@ python bench/report.py
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
+DOCS = HERE.parent / "docs"
 BEGIN, END = "<!-- results: written by bench/report.py -->", "<!-- end of results -->"
+# language -> page; English texts are the keys of the other languages' catalogs.
+PAGES = {"en": DOCS / "performance.md", "es": DOCS / "performance.es.md"}
+SPANISH: Mapping[str, str] = json.loads((HERE / "report.es.json").read_text(encoding="utf-8"))
+
+Say = Callable[[str], str]
 
 
 def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    sections = [_machine(), _steps(), _start(), _overhead()]
-    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(sections) + f"\n\n{END}{after}", encoding="utf-8")
+    for language, path in PAGES.items():
+        page = path.read_text(encoding="utf-8")
+        before, rest = page.split(BEGIN)
+        after = rest.split(END)[1]
+        say: Say = SPANISH.__getitem__ if language == "es" else str
+        path.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(sections(say)) + f"\n\n{END}{after}", encoding="utf-8")
 
 
-def _machine() -> str:
+def sections(say: Say) -> Iterator[str]:
+    """The generated part of the page, in the language of `say`."""
+    yield _machine(say)
+    yield _steps(say)
+    yield _start(say)
+    yield _overhead(say)
+    yield from _accelerators(say)
+
+
+def _machine(say: Say) -> str:
     machine = _load("step")["machine"]
-    return (
-        f"Machine: {machine['cores']} cores ({', '.join(machine['features'])}), {machine['threads']} thread used, "
-        f"Python {machine['python']}, torch {machine['torch']}. Other work ran beside the benchmark (load average "
-        f"{machine['load_average']:.0f}), so the times are CPU seconds; ratios are medians of steps taken in turn."
-    )
+    return say(
+        "Machine: {cores} cores ({features}), {threads} thread used, Python {python}, torch {torch}. Load average "
+        "{load_average:.0f}: other work ran beside the benchmark, so the times are CPU seconds; ratios are medians of "
+        "steps taken in turn."
+    ).format(**{**machine, "features": ", ".join(machine["features"])})
 
 
-def _steps() -> str:
+def _steps(say: Say) -> str:
     rows = [
         (
             f"{row['size']}, {row['num_params'] / 1e6:.1f} M",
@@ -45,34 +60,40 @@ def _steps() -> str:
         )
         for row in _load("step")["rows"]
     ]
-    return "### A training step\n\n" + _table(
-        ("model", "batch", "format", "ours, s", "diffusers, s", "ratio", "aim at most"), rows
-    )
+    head = ("model", "batch", "format", "ours, s", "diffusers, s", "ratio", "aim at most")
+    return say("### A training step") + "\n\n" + _table([say(cell) for cell in head], rows)
 
 
-def _start() -> str:
+def _start(say: Say) -> str:
     result = _load("start")
     cpu, wall, peak, aims = (result[key] for key in ("first_step_cpu_s", "first_step_s", "peak_bytes", "aims"))
     rows = [
-        (name, f"**{cpu[key]:.1f}**", f"{wall[key]:.1f}", aim, f"{peak[key] / 2**20:.0f}")
+        (say(name), f"**{cpu[key]:.1f}**", f"{wall[key]:.1f}", aim, f"{peak[key] / 2**20:.0f}")
         for name, key, aim in (
             ("ours, cold caches", "cold", f"{aims['cold_s']:.0f} s"),
             ("ours, warm caches", "warm", f"{aims['warm_s']:.0f} s"),
             ("diffusers script", "diffusers", ""),
         )
     ]
+    head = ("", "CPU s", "wall s", "aim", "peak memory, MiB")
     equal = "bit for bit equal" if result["cold_and_warm_losses_are_equal"] else "DIFFERENT"
-    return (
-        "### From the command to the first step\n\n"
-        + _table(("", "CPU s", "wall s on the busy machine", "aim", "peak memory, MiB"), rows)
-        + f"\n\nA misspelt option is reported after {result['typo_cpu_s']:.2f} CPU seconds (aim: under "
-        + f"{aims['typo_s']:.0f} s). Peak memory is {result['memory_ratio']['cold']:.2f} (cold) and "
-        + f"{result['memory_ratio']['warm']:.2f} (warm) of the diffusers script's; the aim is at most "
-        + f"{aims['memory_ratio']:.1f}. Losses of the run with cold caches and of the run with warm caches: {equal}."
+    text = say(
+        "A misspelt option is reported after {typo:.2f} CPU seconds (aim: under {typo_aim:.0f} s). Peak memory is "
+        "{cold:.2f} (cold) and {warm:.2f} (warm) of the diffusers script's; the aim is at most {memory_aim:.1f}. "
+        "Losses of the run with cold caches and of the run with warm caches: {equal}."
+    ).format(
+        typo=result["typo_cpu_s"],
+        typo_aim=aims["typo_s"],
+        cold=result["memory_ratio"]["cold"],
+        warm=result["memory_ratio"]["warm"],
+        memory_aim=aims["memory_ratio"],
+        equal=say(equal),
     )
+    table = _table([say(cell) if cell else "" for cell in head], rows)
+    return say("### From the command to the first step") + f"\n\n{table}\n\n{text}"
 
 
-def _overhead() -> str:
+def _overhead(say: Say) -> str:
     result = _load("overhead")
     rows = []
     for row in result["rows"]:
@@ -82,12 +103,32 @@ def _overhead() -> str:
         together = f"**{100 * cpu['not_the_model_share']:.1f} %**"
         rows.append((row["size"], f"{1000 * cpu['step_s']:.0f}", *shares, rest, together))
     head = ("model", "step, CPU ms", "forward", "backward", "optimizer", "everything else", "optimizer and else")
-    return (
-        "### What of a step is not the model\n\n"
-        + _table(head, rows)
-        + f"\n\n256 px, batch 1, float32, one thread; the aim is under {100 * result['aim']:.0f} %. The tiny model is "
-        "the hardest case, because the rest does not grow with the model."
-    )
+    text = say(
+        "256 px, batch 1, float32, one thread; the aim is under {aim:.0f} %. The tiny model is the hardest case, "
+        "because the rest does not grow with the model."
+    ).format(aim=100 * result["aim"])
+    table = _table([say(cell) for cell in head], rows)
+    return say("### What of a step is not the model") + f"\n\n{table}\n\n{text}"
+
+
+def _accelerators(say: Say) -> Iterator[str]:
+    """One section for each result of gpu.py."""
+    for path in sorted((HERE / "results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "matrix_tflops" not in result:
+            continue
+        rows = [
+            (
+                row["name"],
+                row["failed"] if "failed" in row else f"**{row['step_s']:.3f}**",
+                f"{row['allocated_gib']:.1f}" if "allocated_gib" in row else "",
+                f"{row['reserved_gib']:.1f}" if "reserved_gib" in row else "",
+                f"{100 * row['tflop'] / row['step_s'] / result['matrix_tflops']:.0f} %" if "tflop" in row else "",
+            )
+            for row in result["rows"]
+        ]
+        head = ("case", "step, s", "allocated, GiB", "reserved, GiB", "of the card's rate")
+        yield f"### {result['device']}, {result['date']}\n\n" + _table([say(cell) for cell in head], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -27,3 +27,19 @@ def test_a_missing_library_is_named(project, monkeypatch, option, precision, lib
     for language in ("en", "es"):
         title, hint = render_problem(problem, language)
         assert library in title and f"pip install '{library}" in (hint or "")
+
+
+@pytest.mark.parametrize(("found", "refused"), [(86, True), (89, False), (90, False), (None, False)])
+def test_float8_products_need_a_card_that_has_them(project, monkeypatch, found, refused):
+    monkeypatch.setattr("simpletuner.config.precision_rules.cuda_capability", lambda: found)
+    arguments = ("--base_model_precision=fp8-torchao", "--text_encoder_precision=fp8wo-torchao", "--device=cuda")
+    if not refused:
+        project.load(*arguments)
+        return
+    with pytest.raises(ConfigError) as caught:
+        project.load(*arguments)
+    (problem,) = caught.value.problems
+    assert problem.code == "E-PRECISION-CAPABILITY"
+    for language in ("en", "es"):
+        title, hint = render_problem(problem, language)
+        assert "8.9" in title and "8.6" in title and "fp8wo-torchao" in (hint or "")

@@ -35,6 +35,11 @@ OPTIONS = {
     "E-PRECISION-COARSE": ({"base_model_precision": "int2-quanto"}, ["int2-quanto", "nf4-bnb"]),
     "E-PRECISION-FORMAT": ({"base_model_precision": "fp8-native"}, ["fp8-native", "fp8wo-torchao"]),
     "E-PRECISION-GRADIENTS": ({"base_model_precision": "int8dq-torchao"}, ["int8dq-torchao", "int8-torchao"]),
+    "E-PRECISION-DEVICE": (
+        {"base_model_precision": "nf4", "device": "mps"},
+        ["base_model_precision = nf4-bnb", "mps", "int8-torchao"],
+    ),
+    "W-QUANTISED-DIR-UNUSED": ({"quantized_model_dir": "kept"}, ["quantized_model_dir", "no_change", "nf4-bnb"]),
     "E-PRECISION-SDNQ": (
         {"text_encoder_precision": "int8-sdnq"},
         ["text_encoder_precision = int8-sdnq", "int8-torchao"],
@@ -243,5 +248,6 @@ def test_every_text_is_asserted_above():
         "W-CONFIG-UNREAD",
         "I-LENGTH-OVERRIDDEN",
         "E-LIBRARY-MISSING",
+        "E-PRECISION-CAPABILITY",
     }
     assert known == apart | BROKEN_JSON.keys() | OPTIONS.keys() | DATASETS.keys() | WORDS.keys()

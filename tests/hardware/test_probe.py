@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from simpletuner.hardware.probe import device_type, has_cuda, torch_built_for
+from simpletuner.hardware.probe import cuda_capability, device_type, has_cuda, torch_built_for
 
 
 def test_torch_is_looked_at_without_importing_it():
@@ -35,3 +35,10 @@ def test_a_device_that_is_named_is_taken_at_its_word(requested, found):
 def test_auto_is_what_training_would_choose():
     assert device_type("auto") == ("cuda" if torch.cuda.is_available() else device_type("auto"))
     assert (device_type("auto") == "mps") == (torch.backends.mps.is_available() and not torch.cuda.is_available())
+
+
+def test_the_capability_is_torchs():
+    found = [
+        10 * major + minor for major, minor in map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    ]
+    assert cuda_capability() == min(found, default=None)

@@ -8,6 +8,9 @@ from types import MappingProxyType
 
 from simpletuner.catalog.libraries import BITSANDBYTES, QUANTO, Library
 
+ANY_DEVICE = ("cpu", "cuda", "mps")
+_CPU_CUDA = ("cpu", "cuda")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
@@ -16,6 +19,7 @@ class Precision:
     bits: of one weight, the scales of its group included; None: as the weights are stored otherwise.
     row_bytes: what a row of a weight takes besides.
     library: needed to compute with it; None: nothing beyond torch.
+    devices: torch device types that compute with it.
     capability: the least CUDA compute capability of a GPU that computes with it, times ten; 0: any.
     offloadable: its weights are plain tensors, so that they can be streamed and kept on disk.
     refused: code of the problem that says why it is known by name only; `instead` is the nearest that is offered.
@@ -25,6 +29,7 @@ class Precision:
     bits: float | None = None
     row_bytes: int = 0
     library: Library | None = None
+    devices: tuple[str, ...] = ANY_DEVICE
     capability: int = 0
     offloadable: bool = True
     refused: str | None = None
@@ -39,6 +44,10 @@ class Precision:
     @property
     def is_quantised(self) -> bool:
         return self.bits is not None
+
+    @property
+    def runs_anywhere(self) -> bool:
+        return self.devices == ANY_DEVICE
 
     @property
     def keeps_plain_parts(self) -> bool:
@@ -65,13 +74,13 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
         for precision in (
             Precision(name="no_change"),
             Precision(name="int8-torchao", bits=8, row_bytes=4),
-            Precision(name="fp8-torchao", bits=8, row_bytes=4, capability=89),
-            Precision(name="fp8wo-torchao", bits=8, row_bytes=4),
+            Precision(name="fp8-torchao", bits=8, row_bytes=4, devices=_CPU_CUDA, capability=89),
+            Precision(name="fp8wo-torchao", bits=8, row_bytes=4, devices=_CPU_CUDA),
             Precision(name="int4-torchao", bits=4 + 32 / 128),
-            Precision(name="nf4-bnb", bits=4 + 8 / 64 + 32 / (64 * 256), library=BITSANDBYTES),
+            Precision(name="nf4-bnb", bits=4 + 8 / 64 + 32 / (64 * 256), library=BITSANDBYTES, devices=_CPU_CUDA),
             Precision(name="int8-quanto", bits=8, row_bytes=4, library=QUANTO, offloadable=False),
             Precision(name="int4-quanto", bits=4 + 32 / 128, library=QUANTO, offloadable=False, instead="int4-torchao"),
-            Precision(name="fp8-quanto", bits=8, row_bytes=4, library=QUANTO, offloadable=False),
+            Precision(name="fp8-quanto", bits=8, row_bytes=4, library=QUANTO, devices=_CPU_CUDA, offloadable=False),
             *_KNOWN_ONLY,
         )
     }

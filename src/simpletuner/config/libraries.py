@@ -18,4 +18,4 @@ def missing_library(key: str, value: str, library: Library | None, *, instead: s
         "extra": f"pip install -e '.[{library.extra}]'",
         "command": f"pip install '{library.requirement}'",
     }
-    return Problem(code="E-LIBRARY-MISSING", params=params, fixes=(Fix(key=key, value=instead),))
+    return Problem(code="E-LIBRARY-MISSING", params=params, path=f"/{key}", fixes=(Fix(key=key, value=instead),))

@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSITORY
-from simpletuner.catalog.precisions import PRECISIONS
-from simpletuner.config.libraries import missing_library
 from simpletuner.config.optimizer_rules import OPTIMIZER_RULES
 from simpletuner.config.paths import is_file
 from simpletuner.config.placeholder import SUBJECT_PLACEHOLDER, has_placeholder
+from simpletuner.config.precision_rules import PRECISION_RULES
 from simpletuner.config.root import Config
 from simpletuner.config.rule import Origins, Rule, limit, place_of, rule, short_fix, was_changed
 from simpletuner.config.size_rules import GLOBAL_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
@@ -229,16 +228,6 @@ def lycoris_is_not_there_yet(c: Config, origins: Origins) -> Problem | None:
     return _beyond("lora_type", c.adapter.lora_type, "standard")
 
 
-@limit("base_model_precision")
-def precision_is_available(c: Config, origins: Origins) -> Problem | None:
-    return _refused_precision("base_model_precision", c.memory.base_model_precision)
-
-
-@limit("text_encoder_precision")
-def text_encoder_precision_is_available(c: Config, origins: Origins) -> Problem | None:
-    return _refused_precision("text_encoder_precision", c.memory.text_encoder_precision)
-
-
 @limit("loss_type")
 def loss_is_available(c: Config, origins: Origins) -> Problem | None:
     return None if c.flow.loss_type == "l2" else _beyond("loss_type", c.flow.loss_type, "l2")
@@ -275,14 +264,6 @@ def _beyond(name: str, value: object, instead: object) -> Problem:
     return Problem(code="E-VALUE-NOT-YET", params=params, fixes=(Fix(key=name, value=instead),))
 
 
-def _refused_precision(option: str, name: str) -> Problem | None:
-    row = PRECISIONS[name]
-    if row.refused is not None:
-        params = {"key": option, "value": name, "instead": row.instead}
-        return Problem(code=row.refused, params=params, fixes=(Fix(key=option, value=row.instead),))
-    return missing_library(option, name, row.library, instead="int8-torchao")
-
-
 def _unused(name: str, value: str) -> Problem:
     """The run is the same without it: say so and go on."""
     return Problem(code="W-NOT-YET-OTHER", severity=_WARNING, params={"keys": f"{name} = {value}"})
@@ -292,4 +273,4 @@ def _all_rules() -> Iterator[Rule]:
     yield from (value for value in list(globals().values()) if isinstance(value, Rule))
 
 
-RULES = (*_all_rules(), *OPTIMIZER_RULES)
+RULES = (*_all_rules(), *OPTIMIZER_RULES, *PRECISION_RULES)

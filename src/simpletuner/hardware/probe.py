@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 _CUDA_DRIVERS = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 _ROCM_DEVICE = Path("/dev/kfd")
 _BUILT_FOR = re.compile(r"^(cuda|hip)\b[^=\n]*=\s*['\"]", re.MULTILINE)
 
@@ -53,18 +54,40 @@ def torch_built_for() -> str | None:
     return None
 
 
+def cuda_capability() -> int | None:
+    """Compute capability of the weakest NVIDIA GPU that this process sees, times ten: 89 for 8.9. None without one."""
+    driver = _cuda_driver()
+    found = []
+    for index in range(_num_cuda_devices()):
+        device, value = ctypes.c_int(0), ctypes.c_int(0)
+        if driver is None or driver.cuDeviceGet(ctypes.byref(device), index) != 0:
+            return None
+        parts = []
+        for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+            if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
+                return None
+            parts.append(value.value)
+        found.append(10 * parts[0] + parts[1])
+    return min(found, default=None)
+
+
 def _num_cuda_devices() -> int:
     """Devices that the driver shows to this process; CUDA_VISIBLE_DEVICES counts."""
+    driver, count = _cuda_driver(), ctypes.c_int(0)
+    if driver is not None and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+        return count.value
+    return 0
+
+
+def _cuda_driver() -> ctypes.CDLL | None:
+    """NVIDIA's driver, ready to be asked."""
     for name in _CUDA_DRIVERS:
         try:
             driver = ctypes.CDLL(name)
         except OSError:
             continue
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-            return count.value
-        return 0
-    return 0
+        return driver if driver.cuInit(0) == 0 else None
+    return None
 
 
 def _is_apple_silicon() -> bool:

@@ -44,8 +44,8 @@ class NF4Format(WeightFormat):
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         book, nested_book = self._code_books(parts["codes"].device)
-        # Blocks run on over the ends of rows, but the library's CPU kernel begins a new one with every row (0.50): it is
-        # shown one long row where that matters.
+        # Blocks run on over the ends of rows, but the library's CPU kernel (0.50) begins a new one with every row: it
+        # is shown one long row where that matters.
         rows, columns = shape
         as_read = shape if columns % _BLOCK == 0 else (1, rows * columns)
         nested = QuantState(
