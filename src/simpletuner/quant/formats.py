@@ -7,12 +7,16 @@ numbers by one cast.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simpletuner.quant.linear import Parts, WeightFormat
 
+_PIECE_NUMBERS = 1 << 19  # weights that a processor packs at a time
+_PIECE_NUMBERS_GPU = 1 << 23
 _GROUP = 128  # weights that share a scale in the 4-bit format
 _TINY = 1e-12  # a row of zeros has this scale
 
@@ -30,7 +34,19 @@ class PlainFormat(WeightFormat):
         return parts["values"].to(dtype)
 
 
-class RowScaledFormat(WeightFormat):
+class RowwiseFormat(WeightFormat):
+    """Each row is packed by itself."""
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        pieces = [self.pack_rows(piece) for piece in weight.split(rows_per_piece(weight))]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in self.part_names}
+
+    @abstractmethod
+    def pack_rows(self, weight: Tensor) -> dict[str, Tensor]:
+        """As `pack`, of a few rows; the parts of several such pieces are those of the whole, one after the other."""
+
+
+class RowScaledFormat(RowwiseFormat):
     """8-bit codes with one float32 scale for each row: weight = codes * scale."""
 
     part_names = ("codes", "scale")
@@ -51,7 +67,7 @@ class Int8Format(RowScaledFormat):
 
     name = "int8-torchao"
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+    def pack_rows(self, weight: Tensor) -> dict[str, Tensor]:
         numbers = weight.float()
         scale = (numbers.abs().amax(dim=1) / 127.5).clamp_(min=_TINY)
         codes = (numbers * scale.reciprocal()[:, None]).round_().clamp_(-128, 127).to(torch.int8)
@@ -64,7 +80,7 @@ class Float8Format(RowScaledFormat):
     name = "fp8wo-torchao"
     _LARGEST = 448.0  # of e4m3
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+    def pack_rows(self, weight: Tensor) -> dict[str, Tensor]:
         numbers = weight.float()
         scale = (numbers.abs().amax(dim=1) / self._LARGEST).clamp_(min=_TINY)
         codes = (numbers / scale[:, None]).clamp_(-self._LARGEST, self._LARGEST).to(torch.float8_e4m3fn)
@@ -91,7 +107,7 @@ class Float8DynamicFormat(Float8Format):
         return out.to(x_RI.dtype)
 
 
-class Int4Format(WeightFormat):
+class Int4Format(RowwiseFormat):
     """4-bit integers, two in a byte, with scale and offset for each group of a row: weight = codes * scale + offset.
 
     The grid of torchao's Int4WeightOnlyConfig: 16 levels evenly from the group's least to its greatest weight.
@@ -100,7 +116,7 @@ class Int4Format(WeightFormat):
     name = "int4-torchao"
     part_names = ("codes", "scale", "offset")
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+    def pack_rows(self, weight: Tensor) -> dict[str, Tensor]:
         rows, columns = weight.shape
         # A last group that is not full repeats its last weight, which changes neither its least nor its greatest.
         padded = F.pad(weight.float()[None], (0, -columns % _GROUP), mode="replicate")[0]
@@ -119,3 +135,10 @@ class Int4Format(WeightFormat):
         levels = torch.stack((codes & 15, codes >> 4), dim=-1).view(rows, -1, _GROUP).to(dtype)
         scale, offset = (parts[name].to(dtype)[..., None] for name in ("scale", "offset"))
         return levels.mul_(scale).add_(offset).view(rows, -1)[:, :columns]
+
+
+def rows_per_piece(weight: Tensor) -> int:
+    """Rows of a weight [O, I] to pack at a time: intermediate results stay in a processor's cache, where those of a
+    large weight as a whole would take ten times the memory of its parts."""
+    numbers = _PIECE_NUMBERS if weight.device.type == "cpu" else _PIECE_NUMBERS_GPU
+    return max(1, numbers // weight.shape[1])
