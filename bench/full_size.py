@@ -3,7 +3,7 @@
 A checkpoint of the released sizes is written to a temporary folder first (12.3 GB in bf16, three shards): every tensor is
 a piece of one block of normal numbers, scaled as `common.random_weights_` does, so that it takes no longer than the
 disk does. Each precision then runs in a process of its own, through the loader and the step of a run: rank-16 LoRA on
-attention and MLP of the main blocks, `adamw_bf16`, one image of 256 px, a caption of 77 tokens, every block recomputed.
+attention and MLP of the main blocks, `adamw_bf16`, one image of 256 px, a caption of 32 tokens, every block recomputed.
 The system's high-water mark of resident memory is set back between loading and training.
 
     python bench/full_size.py [--precisions int8-torchao nf4-bnb] [--folder /tmp] [--layers 30] [--write-nothing]
@@ -38,7 +38,7 @@ from simpletuner.train.device import choose_compute
 PRECISIONS = ("int8-torchao", "nf4-bnb")
 AIMS_GIB = {"int8-torchao": 11.0, "nf4-bnb": 8.0}  # of the whole, loading and training
 LOAD_MARGIN_GIB = 1.0  # that loading may take beside the quantised model
-SAMPLE = Sample(height=32, width=32, caption_tokens=77)
+SAMPLE = Sample(height=32, width=32, caption_tokens=32)
 NUM_SHARDS = 3
 NUM_STEPS = 2
 _GIB = 2**30
