@@ -1,10 +1,10 @@
 """Load the 6.15 B-parameter transformer in few bits and train two LoRA steps on a CPU: peak memory and seconds.
 
-A checkpoint of the released sizes is written to a temporary folder first (12.3 GB in bf16, three shards): every tensor is
-a piece of one block of normal numbers, scaled as `common.random_weights_` does, so that it takes no longer than the
-disk does. Each precision then runs in a process of its own, through the loader and the step of a run: rank-16 LoRA on
-attention and MLP of the main blocks, `adamw_bf16`, one image of 256 px, a caption of 32 tokens, every block recomputed.
-The system's high-water mark of resident memory is set back between loading and training.
+A checkpoint of the released sizes is written to a temporary folder first (12.3 GB in bf16, three shards): every tensor
+is a piece of one block of normal numbers, scaled as `common.random_weights_` does, so that it takes no longer than
+the disk does. Each precision then runs in a process of its own, through the loader and the step of a run: rank-16
+LoRA on attention and MLP of the main blocks, `adamw_bf16`, one image of 256 px, a caption of 32 tokens, every block
+recomputed. The system's high-water mark of resident memory is set back between loading and training.
 
     python bench/full_size.py [--precisions int8-torchao nf4-bnb] [--folder /tmp] [--layers 30] [--write-nothing]
 

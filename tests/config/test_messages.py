@@ -91,6 +91,10 @@ OPTIONS = {
         {"gradient_checkpointing": False, "gradient_checkpointing_interval": 2},
         ["gradient_checkpointing_interval"],
     ),
+    "W-CHECKPOINTING-BUDGET": (
+        {"gradient_checkpointing_budget": 2, "gradient_checkpointing_interval": 3},
+        ["gradient_checkpointing_interval = 3"],
+    ),
     "W-TARGETS-TWICE": (
         {"peft_lora_target_modules": "to_q", "lora_targets": "all"},
         ["peft_lora_target_modules", "lora_targets = all"],

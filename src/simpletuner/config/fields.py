@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+_OF_NUMBERS = ("type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
 Level = Literal["basic", "advanced", "expert"]
 Kind = Literal["flag", "integer", "number", "text", "list"]
 Holds = Literal["text", "path", "location", "json", "prompts", "aspects"]
@@ -52,6 +54,9 @@ class Opt:
         found = handler(schema)
         if self.choices:
             found["enum"] = list(self.choices)
+        elif self.spellings and found.get("type") == "integer":
+            words = {"enum": [spelling for spelling, _ in self.spellings]}
+            found = {"anyOf": [{key: found.pop(key) for key in _OF_NUMBERS if key in found}, words], **found}
         found["x-level"] = self.level
         if self.unit:
             found["x-unit"] = self.unit

@@ -183,12 +183,30 @@ def device_is_known(c: Config, origins: Origins) -> Problem | None:
     return Problem(code="E-DEVICE", params={"value": c.run.device}, fixes=(Fix(key="device", value="auto"),))
 
 
-@rule("gradient_checkpointing_interval", "gradient_checkpointing")
-def interval_needs_checkpointing(c: Config, origins: Origins) -> Problem | None:
-    if c.memory.gradient_checkpointing or c.memory.gradient_checkpointing_interval == 1:
+@rule(
+    "gradient_checkpointing_interval",
+    "gradient_checkpointing_budget",
+    "gradient_checkpointing_offload",
+    "gradient_checkpointing",
+)
+def recomputation_reads_what_is_set(c: Config, origins: Origins) -> Problem | None:
+    m = c.memory
+    reads = {
+        "gradient_checkpointing_interval": m.gradient_checkpointing or m.gradient_checkpointing_interval == 1,
+        "gradient_checkpointing_budget": m.gradient_checkpointing or m.gradient_checkpointing_budget is None,
+        "gradient_checkpointing_offload": m.gradient_checkpointing or not m.gradient_checkpointing_offload,
+    }
+    unread = [name for name, is_read in reads.items() if not is_read]
+    if unread:
+        fixes = (Fix(key="gradient_checkpointing", value=True),)
+        params = {"unread": ", ".join(unread)}
+        return Problem(code="W-CHECKPOINTING-OFF", severity=_WARNING, params=params, path=f"/{unread[0]}", fixes=fixes)
+    if m.gradient_checkpointing_budget is None or m.gradient_checkpointing_interval == 0:
         return None
-    fixes = (Fix(key="gradient_checkpointing", value=True),)
-    return Problem(code="W-CHECKPOINTING-OFF", severity=_WARNING, fixes=fixes)
+    fixes = (Fix(key="gradient_checkpointing_interval", value="auto"),)
+    params = {"interval": m.gradient_checkpointing_interval}
+    path = "/gradient_checkpointing_budget"
+    return Problem(code="W-CHECKPOINTING-BUDGET", severity=_WARNING, params=params, path=path, fixes=fixes)
 
 
 @rule("lora_targets", "peft_lora_target_modules")

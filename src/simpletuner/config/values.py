@@ -91,6 +91,9 @@ def _flag(value: object, option: Option) -> bool:
 
 
 def _integer(value: object, option: Option) -> int:
+    if isinstance(value, str):
+        spellings = {fold(spelling): number for spelling, number in option.opt.spellings}
+        value = spellings.get(fold(value), value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     number = _finite(value)

@@ -11,15 +11,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from simpletuner.memory.inputs import HostInputs, OnHost
+
 Forward = Callable[..., Tensor]
 
 
-def apply_checkpointing(blocks: nn.ModuleList, *, every: int, preserve_rng_state: bool = False) -> int:
+class Policy(Protocol):
+    """Which blocks of a forward pass are recomputed."""
+
+    def begin(self, forward: Forward, args: tuple[Any, ...]) -> None:
+        """A pass that will be differentiated begins: the first block is about to run as `forward(*args)`."""
+
+    def recomputes(self, index: int) -> bool:
+        """Whether the block is recomputed in this pass."""
+
+    def end(self) -> None:
+        """Backward has left the first block, which was recomputed."""
+
+
+def apply_checkpointing(
+    blocks: nn.ModuleList, *, every: int, offload: bool = False, preserve_rng_state: bool = False
+) -> int:
     """Recompute every `every`-th block during backward, starting with the first. Returns how many.
 
     With 1, every block is recomputed: the least memory, at the price of one more forward. With n, one block in n is,
@@ -29,17 +46,50 @@ def apply_checkpointing(blocks: nn.ModuleList, *, every: int, preserve_rng_state
     Args:
         blocks: run one after the other, each called with positional arguments and returning one tensor. `forward` is
             replaced on the instances; names of modules and parameters stay as they are.
+        offload: what a recomputed block is given first, the activation, waits for backward in main memory.
         preserve_rng_state: needed if a block draws random numbers (dropout); costs a copy of the generators' states.
     """
     assert every >= 1
     chosen = range(0, len(blocks) - 1, every)
-    for index in chosen:
-        block = blocks[index]
-        block.forward = partial(_checkpointed, block, block.forward, preserve_rng_state)
+    _wrap(blocks, chosen, _Always(), HostInputs() if offload else None, preserve_rng_state)
     return len(chosen)
 
 
-def _checkpointed(block: nn.Module, forward: Forward, preserve_rng_state: bool, *args: Any) -> Tensor:
+def apply_policy(
+    blocks: nn.ModuleList, policy: Policy, *, offload: bool = False, preserve_rng_state: bool = False
+) -> None:
+    """Recompute those blocks that `policy` chooses, anew in each pass; the rest as `apply_checkpointing`."""
+    _wrap(blocks, range(len(blocks)), policy, HostInputs() if offload else None, preserve_rng_state)
+
+
+class _Always:
+    def begin(self, forward: Forward, args: tuple[Any, ...]) -> None:
+        pass
+
+    def recomputes(self, index: int) -> bool:
+        return True
+
+    def end(self) -> None:
+        pass
+
+
+def _wrap(
+    blocks: nn.ModuleList, chosen: range, policy: Policy, inputs: HostInputs | None, preserve_rng_state: bool
+) -> None:
+    for index in chosen:
+        block = blocks[index]
+        block.forward = partial(_checkpointed, block, index, block.forward, policy, inputs, preserve_rng_state)
+
+
+def _checkpointed(
+    block: nn.Module,
+    index: int,
+    forward: Forward,
+    policy: Policy,
+    inputs: HostInputs | None,
+    preserve_rng_state: bool,
+    *args: Any,
+) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(*args)
     # Autograd gives a function's gradients to its arguments, so the parameters that are trained must be among them.
@@ -48,6 +98,12 @@ def _checkpointed(block: nn.Module, forward: Forward, preserve_rng_state: bool, 
     slots = [index for index, arg in enumerate(args) if isinstance(arg, Tensor)]
     tensors = [args[index] for index in slots]
     if not trained and not any(t.requires_grad for t in tensors):
+        return forward(*args)
+    if index == 0:
+        if inputs is not None:
+            inputs.begin()
+        policy.begin(forward, args)
+    if not policy.recomputes(index):
         return forward(*args)
 
     def run(*values: Tensor) -> Tensor:
@@ -58,26 +114,59 @@ def _checkpointed(block: nn.Module, forward: Forward, preserve_rng_state: bool, 
 
     # `run` outlives this call: it must not hold the activations that enter the block twice.
     args = tuple(None if isinstance(arg, Tensor) else arg for arg in args)
-    out: Tensor = _Recompute.apply(run, _Surroundings(tensors, preserve_rng_state), len(tensors), *tensors, *trained)
+    surroundings = _Surroundings(tensors, preserve_rng_state)
+    call = _Call(run, surroundings, len(tensors), inputs, policy.end if index == 0 else None)
+    out: Tensor = _Recompute.apply(call, *tensors, *trained)
     return out
 
 
+class _Call:
+    """One call of a recomputed block: `run` takes its `num_tensors` tensors; `done` is told when backward is."""
+
+    def __init__(
+        self,
+        run: Forward,
+        surroundings: _Surroundings,
+        num_tensors: int,
+        inputs: HostInputs | None,
+        done: Callable[[], None] | None,
+    ) -> None:
+        self.run, self.surroundings, self.num_tensors, self.inputs, self.done = (
+            run,
+            surroundings,
+            num_tensors,
+            inputs,
+            done,
+        )
+        self.first: OnHost | None = None  # the first tensor, if it waits elsewhere
+        self.first_needs_gradient = False
+
+
 class _Recompute(torch.autograd.Function):
-    """`run(*tensors)`, of which only the tensors are kept for backward."""
+    """`call.run(*tensors)`, of which only the tensors are kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, run: Forward, surroundings: _Surroundings, num_tensors: int, *inputs: Tensor) -> Tensor:
-        ctx.run, ctx.surroundings, ctx.trained = run, surroundings, inputs[num_tensors:]
-        ctx.save_for_backward(*inputs[:num_tensors])
-        with surroundings.autocast():
-            return run(*inputs[:num_tensors])
+    def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Tensor:
+        tensors, ctx.trained = inputs[: call.num_tensors], inputs[call.num_tensors :]
+        ctx.call = call
+        with call.surroundings.autocast():
+            out = call.run(*tensors)
+        if call.inputs is None:
+            ctx.save_for_backward(*tensors)
+        else:
+            call.first, call.first_needs_gradient = call.inputs.put(tensors[0]), tensors[0].requires_grad
+            ctx.save_for_backward(*tensors[1:])
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
         tensors = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
-        with torch.enable_grad(), ctx.surroundings.autocast(), ctx.surroundings.random_state():
-            out = ctx.run(*tensors)
+        if call.first is not None and call.inputs is not None:
+            tensors.insert(0, call.inputs.take(call.first).requires_grad_(call.first_needs_gradient))
+        with torch.enable_grad(), call.surroundings.autocast(), call.surroundings.random_state():
+            out = call.run(*tensors)
             seed = _Seed.apply(out, gradient)
         inputs = (*tensors, *ctx.trained)
         gradients: list[Tensor | None] = [None] * len(inputs)
@@ -87,7 +176,9 @@ class _Recompute(torch.autograd.Function):
             found = torch.autograd.grad(seed, [inputs[i] for i in wanted], allow_unused=True)
             for index, value in zip(wanted, found, strict=True):
                 gradients[index] = value
-        return (None, None, None, *gradients)
+        if call.done is not None:
+            call.done()
+        return (None, *gradients)
 
 
 class _Seed(torch.autograd.Function):

@@ -31,7 +31,6 @@ from simpletuner.config.root import Config
 from simpletuner.data.prompts import PromptStore
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import AdapterCreated, ModelLoaded
-from simpletuner.memory.checkpointing import apply_checkpointing
 from simpletuner.models.files import WeightFiles
 from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles
@@ -46,6 +45,7 @@ from simpletuner.train.context import ContextCache
 from simpletuner.train.device import Compute
 from simpletuner.train.flow import FlowSettings
 from simpletuner.train.kept import keep_transformer, kept_path, load_kept_transformer
+from simpletuner.train.recompute import apply_recomputation
 from simpletuner.train.step import StepSettings
 
 
@@ -148,13 +148,17 @@ def build_training(
     )
     if config.adapter.init_lora:
         start_from_(transformer, load_lora(Path(config.adapter.init_lora), linear_names(transformer)), lora)
-    if config.memory.gradient_checkpointing:
-        apply_checkpointing(
-            transformer.layers,
-            every=config.memory.gradient_checkpointing_interval,
-            preserve_rng_state=lora.dropout > 0,
-        )
     params = trainable_parameters(transformer)
+    optimizer = build_optimizer(config.optimizer.optimizer, params, optimizer_settings(config))
+    apply_recomputation(
+        transformer,
+        config.memory,
+        device=compute.device,
+        params=params,
+        optimizer=optimizer,
+        uses_dropout=lora.dropout > 0,
+        emit=run.emit,
+    )
     transformer.train()
     contexts, sampling_contexts = (
         ContextCache(
@@ -173,7 +177,7 @@ def build_training(
         adapter=adapter,
         lora=lora,
         params=params,
-        optimizer=build_optimizer(config.optimizer.optimizer, params, optimizer_settings(config)),
+        optimizer=optimizer,
         compute=compute,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from simpletuner.catalog.precisions import PRECISION_SPELLINGS, PRECISIONS
 from simpletuner.config.fields import Opt, Section
@@ -49,8 +49,18 @@ class MemorySection(Section):
     gradient_checkpointing: Annotated[bool, Opt(level="basic")] = True
     """Recompute activations in the backward pass: much less memory for about a third more time."""
 
-    gradient_checkpointing_interval: Annotated[int, Ge(1), Opt(unit="blocks")] = 1
-    """Checkpoint every n-th block. 2 and more are faster on larger GPUs."""
+    gradient_checkpointing_interval: Annotated[int, Ge(0), Opt(unit="blocks", spellings=(("auto", "0"),))] = 1
+    """Recompute every n-th block: 1 takes the least memory, 2 and more are faster on larger GPUs. auto (or 0)
+    recomputes as few blocks as fit into gradient_checkpointing_budget, or into what the GPU has free. The result is
+    the same."""
+
+    gradient_checkpointing_budget: Annotated[float | None, Gt(0), Opt(unit="GiB", shown_default="what is free")] = None
+    """With gradient_checkpointing_interval auto: memory that the activations of the main blocks may take between
+    forward and backward. By default what a GPU has free beside everything else, as measured in the first steps."""
+
+    gradient_checkpointing_offload: Annotated[bool, Opt()] = False
+    """Keep the inputs of recomputed blocks in main memory and fetch each shortly before it is needed: saves about 1 GiB
+    of GPU memory for each image of 1024 px in a batch, and costs little time. CUDA only."""
 
     vae_enable_tiling: Annotated[bool, Opt()] = False
     """Encode and decode large images in tiles: less memory."""

@@ -1,0 +1,62 @@
+"""Which of the transformer's blocks are recomputed in backward, as the options ask for it on this device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner.config.sections.memory import MemorySection
+from simpletuner.events.types import Event, SettingOverridden
+from simpletuner.memory.budget import Budget, CudaMemory, FixedBudget, SeenBudget, WithinBudget
+from simpletuner.memory.checkpointing import apply_checkpointing, apply_policy
+from simpletuner.models.z_image.transformer import Layout, ZImageTransformer
+
+AUTO = 0  # of gradient_checkpointing_interval
+
+
+def apply_recomputation(
+    transformer: ZImageTransformer,
+    options: MemorySection,
+    *,
+    device: torch.device,
+    params: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    uses_dropout: bool,
+    emit: Callable[[Event], None],
+) -> None:
+    """Wrap the main blocks. What the device cannot do is left out with a notice."""
+    if not options.gradient_checkpointing:
+        return
+    on_cuda = device.type == "cuda"
+    offload, every = options.gradient_checkpointing_offload, options.gradient_checkpointing_interval
+    if offload and not on_cuda:
+        offload = False
+        emit(_override("gradient_checkpointing_offload", "true", "false"))
+    if every == AUTO and options.gradient_checkpointing_budget is None and not on_cuda:
+        every = 1
+        emit(_override("gradient_checkpointing_interval", "auto", "1"))
+    if every != AUTO:
+        apply_checkpointing(transformer.layers, every=every, offload=offload, preserve_rng_state=uses_dropout)
+        return
+    budget: Budget
+    if options.gradient_checkpointing_budget is not None:
+        budget = FixedBudget(int(options.gradient_checkpointing_budget * 2**30))
+    else:
+        budget = SeenBudget(
+            CudaMemory(device),
+            is_settled=lambda: bool(optimizer.state),
+            reserve_bytes=sum(parameter.nbytes for parameter in params),
+        )
+    policy = WithinBudget(len(transformer.layers), budget, offload=offload, key=_cost_key)
+    apply_policy(transformer.layers, policy, offload=offload, preserve_rng_state=uses_dropout)
+
+
+def _cost_key(x_GSD: Tensor, layout: Layout, time_BD: Tensor) -> Hashable:
+    """Blocks cost the same in passes of the same shape: a row for each sample, or all samples in one row."""
+    return x_GSD.shape, layout.is_uniform, layout.rotation.ndim, torch.is_autocast_enabled(x_GSD.device.type)
+
+
+def _override(option: str, requested: str, used: str) -> SettingOverridden:
+    return SettingOverridden(option=option, requested=requested, used=used, reason=f"override.{option}")
