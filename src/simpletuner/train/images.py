@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from simpletuner.config.root import Config
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
-from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.spec import Z_IMAGE
-from simpletuner.models.z_image.vae import LatentCodec, load_latent_codec
 from simpletuner.optim.state import averaged_weights
 from simpletuner.train.build import Training
-from simpletuner.train.prepare import free_memory, vae_dtype
+from simpletuner.train.prepare import Vae
 from simpletuner.validation.gallery import Gallery
 from simpletuner.validation.generate import ImageEngine, SamplingSettings, missing_requests, validate
 from simpletuner.validation.requests import ImageRequest
@@ -51,7 +47,7 @@ class Validator:
         *,
         requests: Sequence[ImageRequest],
         training: Training,
-        files: PipelineFiles,
+        vae: Vae,
         run: RunRecorder,
         stop: StopRequest,
         headings: Callable[[int], str],
@@ -60,11 +56,10 @@ class Validator:
         self._config = config
         self._requests = tuple(requests)
         self._training = training
-        self._files = files
+        self._vae = vae
         self._run = run
         self._stop = stop
         self._headings = headings
-        self._codec: LatentCodec | None = None
         self._gallery = Gallery(Path(config.run.output_dir), image_format=config.validation.validation_image_format)
 
     @property
@@ -116,7 +111,7 @@ class Validator:
                 )
         finally:
             training.transformer.train(was_training)
-            self._park_codec()
+            self._vae.park()
 
     def _engine(self) -> ImageEngine:
         return ImageEngine(
@@ -131,26 +126,4 @@ class Validator:
         )
 
     def _decode(self, latents_BCHW: Tensor) -> Tensor:
-        device = self._training.compute.device
-        if self._codec is None:
-            memory = self._config.memory
-            with self._run.phase("vae"):
-                self._codec = load_latent_codec(
-                    self._files.vae,
-                    dtype=vae_dtype(self._config, self._training.compute),
-                    device=device,
-                    tiling=memory.vae_enable_tiling,
-                    slicing=memory.vae_enable_slicing,
-                )
-        elif self._codec.device != device:
-            self._codec.model.to(device)
-            self._codec = replace(self._codec, device=device)
-        return self._codec.decode(latents_BCHW)
-
-    def _park_codec(self) -> None:
-        device = self._training.compute.device
-        if self._codec is None or device.type == "cpu" or self._config.memory.keep_vae_loaded:
-            return
-        self._codec.model.to("cpu")
-        self._codec = replace(self._codec, device=torch.device("cpu"))
-        free_memory(device)
+        return self._vae.open().decode(latents_BCHW)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -18,7 +19,7 @@ from simpletuner.data.records import Plan
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.text import encoder_id, load_prompt_encoder
-from simpletuner.models.z_image.vae import codec_id, load_latent_codec
+from simpletuner.models.z_image.vae import LatentCodec, codec_id, load_latent_codec
 from simpletuner.quant.build import quantiser
 from simpletuner.train.device import Compute
 
@@ -78,12 +79,48 @@ def fill_prompt_cache(
     return store
 
 
+class Vae:
+    """The autoencoder of a run: loaded when it is first needed, for the cache or for images."""
+
+    def __init__(self, config: Config, *, files: PipelineFiles, compute: Compute, run: RunRecorder) -> None:
+        self._config = config
+        self._files = files
+        self._compute = compute
+        self._run = run
+        self._codec: LatentCodec | None = None
+
+    def open(self) -> LatentCodec:
+        """The autoencoder, on the device."""
+        if self._codec is None:
+            with self._run.phase("vae"):
+                self._codec = load_codec(self._config, self._files, self._compute)
+        elif self._codec.device != self._compute.device:
+            self._codec.model.to(self._compute.device)
+            self._codec = replace(self._codec, device=self._compute.device)
+        return self._codec
+
+    def close(self) -> None:
+        """Give its memory back, but for `keep_vae_loaded`."""
+        if not self._config.memory.keep_vae_loaded:
+            self._codec = None
+
+    def park(self) -> None:
+        """Leave the device to the training; the next images fetch it from main memory. But for `keep_vae_loaded`."""
+        device = self._compute.device
+        if self._codec is None or device.type == "cpu" or self._config.memory.keep_vae_loaded:
+            return
+        self._codec.model.to("cpu")
+        self._codec = replace(self._codec, device=torch.device("cpu"))
+        free_memory(device)
+
+
 def fill_latent_cache(
     plan: Plan,
     *,
     config: Config,
     datasets: DatasetsConfig,
     files: PipelineFiles,
+    vae: Vae,
     compute: Compute,
     run: RunRecorder,
 ) -> LatentStore:
@@ -91,15 +128,7 @@ def fill_latent_cache(
     dtype = vae_dtype(config, compute)
 
     def open_encoder() -> _Identified[Tensor, Tensor]:
-        with run.phase("vae"):
-            codec = load_latent_codec(
-                files.vae,
-                dtype=dtype,
-                device=compute.device,
-                tiling=config.memory.vae_enable_tiling,
-                slicing=config.memory.vae_enable_slicing,
-            )
-        return _Identified(identity, codec.encode)
+        return _Identified(identity, vae.open().encode)
 
     directories = {dataset.id: Path(dataset.cache_dir_vae) for dataset in datasets.images}
     identity = codec_id(files.vae, dtype=dtype, tiling=config.memory.vae_enable_tiling)
@@ -113,8 +142,20 @@ def fill_latent_cache(
             write_batch_size=config.data.write_batch_size,
             max_workers=config.data.max_workers,
         )
+    vae.close()
     free_memory(compute.device)
     return store
+
+
+def load_codec(config: Config, files: PipelineFiles, compute: Compute) -> LatentCodec:
+    """The VAE as the options ask for it, on the device."""
+    return load_latent_codec(
+        files.vae,
+        dtype=vae_dtype(config, compute),
+        device=compute.device,
+        tiling=config.memory.vae_enable_tiling,
+        slicing=config.memory.vae_enable_slicing,
+    )
 
 
 def vae_dtype(config: Config, compute: Compute) -> torch.dtype:
@@ -126,5 +167,6 @@ def vae_dtype(config: Config, compute: Compute) -> torch.dtype:
 
 def free_memory(device: torch.device) -> None:
     """Give back what a model that is gone had taken on the device."""
+    gc.collect()  # modules that refer to themselves would otherwise stay for a while
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -51,7 +51,7 @@ from simpletuner.train.checkpoint import (
 from simpletuner.train.device import Compute, choose_compute, choose_device, device_name
 from simpletuner.train.images import Validator
 from simpletuner.train.loop import Ending, LoopSettings, run_loop
-from simpletuner.train.prepare import fill_latent_cache, fill_prompt_cache
+from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.start import Start
 from simpletuner.train.step import MicroBatch, StepResult, train_step
@@ -138,8 +138,9 @@ class _Run:
                 compute=compute,
                 run=run,
             )
+            vae = Vae(config, files=files, compute=compute, run=run)
             latents = fill_latent_cache(
-                plan, config=config, datasets=self._loaded.datasets, files=files, compute=compute, run=run
+                plan, config=config, datasets=self._loaded.datasets, files=files, vae=vae, compute=compute, run=run
             )
             training = build_training(
                 config, files=files, assistant_file=assistant_file, prompts=prompts, compute=compute, run=run
@@ -148,7 +149,7 @@ class _Run:
                 config,
                 requests=requests,
                 training=training,
-                files=files,
+                vae=vae,
                 run=run,
                 stop=self._stop,
                 headings=self._headings,
