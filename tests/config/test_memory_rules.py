@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from simpletuner.config.schema import json_schema
 from simpletuner.i18n import render_problem
 from simpletuner.problems import ConfigError
 
@@ -43,3 +44,41 @@ def test_float8_products_need_a_card_that_has_them(project, monkeypatch, found, 
     for language in ("en", "es"):
         title, hint = render_problem(problem, language)
         assert "8.9" in title and "8.6" in title and "fp8wo-torchao" in (hint or "")
+
+
+@pytest.mark.parametrize("option", ["text_encoder_precision", *(f"text_encoder_{i}_precision" for i in range(1, 5))])
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("int8", "int8-torchao"), ("NF4", "nf4-bnb"), ("int8_torchao", "int8-torchao"), ("none", "no_change")],
+)
+def test_the_text_encoders_precision_has_every_spelling(project, option, written, meant):
+    assert project.load(f"--{option}", written).config.memory.text_encoder_precision == meant
+
+
+@pytest.mark.parametrize(("written", "meant"), [("auto", 0), ("AUTO", 0), ("0", 0), ("3", 3)])
+def test_the_interval_is_a_number_or_auto(project, written, meant):
+    assert (
+        project.load("--gradient_checkpointing_interval", written).config.memory.gradient_checkpointing_interval
+        == meant
+    )
+
+
+def test_the_schema_knows_auto():
+    schema = json_schema()["properties"]["gradient_checkpointing_interval"]
+    assert schema["anyOf"] == [{"type": "integer", "minimum": 0}, {"enum": ["auto"]}]
+
+
+@pytest.mark.parametrize("written", ["true", "false", True, False, "yes", "0"])
+def test_checkpointing_stays_a_flag(with_config, written):
+    loaded = with_config({"gradient_checkpointing": written}).load()
+    assert loaded.config.memory.gradient_checkpointing is (written in (True, "true", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("gradient_checkpointing_budget", 2), ("gradient_checkpointing_offload", True)]
+)
+def test_recomputation_options_are_named_where_nothing_is_recomputed(project, option, value):
+    loaded = project.load("--gradient_checkpointing=false", f"--{option}={value}")
+    (problem,) = [p for p in loaded.warnings if p.code == "W-CHECKPOINTING-OFF"]
+    for language in ("en", "es"):
+        assert option in render_problem(problem, language)[0]

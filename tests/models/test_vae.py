@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpletuner.models.weights import PipelineFiles, resolve_pipeline
 from simpletuner.models.z_image.spec import Z_IMAGE
@@ -105,3 +106,31 @@ def test_the_id_changes_with_everything_that_changes_a_latent(files: PipelineFil
     }
     assert len(ids) == 3
     assert codec_id(files.vae, dtype=torch.float32) in ids
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many numbers the largest result of an operation had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_tiling_bounds_the_memory_of_large_images(tiling: bool, files: PipelineFiles) -> None:
+    """Without it intermediate results grow with the image; with it they are those of one tile, but for the image."""
+    codec, largest = load_latent_codec(files.vae, dtype=torch.float32, tiling=tiling), []
+    for tiles in (1, 4):
+        side = codec.model.config.sample_size * tiles
+        with LargestTensor() as found:
+            image = codec.decode(torch.zeros(1, 16, side // codec.factor, side // codec.factor))
+        assert image.shape[-2:] == (side, side)
+        largest.append(max(found.numbers, image.numel()))
+    bound = max(largest[0], image.numel())
+    assert (largest[1] <= bound) == tiling

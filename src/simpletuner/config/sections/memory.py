@@ -44,7 +44,8 @@ class MemorySection(Section):
     and reads half (int8) or a quarter (nf4) as much."""
 
     base_model_default_dtype: Annotated[Literal["bf16", "fp32"], Opt()] = "bf16"
-    """Number format of the weights of the base model that are not quantised."""
+    """Number format of the weights of the base model that are not quantised. With fp32 they are kept in float32 and
+    multiplied in the format of mixed_precision, which takes twice their memory."""
 
     gradient_checkpointing: Annotated[bool, Opt(level="basic")] = True
     """Recompute activations in the backward pass: much less memory for about a third more time."""
@@ -63,16 +64,20 @@ class MemorySection(Section):
     of GPU memory for each image of 1024 px in a batch, and costs little time. CUDA only."""
 
     vae_enable_tiling: Annotated[bool, Opt()] = False
-    """Encode and decode large images in tiles: less memory."""
+    """Encode and decode images larger than the VAE's own size (1024 px for Z-Image) in overlapping tiles: memory no
+    longer grows with the image, and pixels change slightly where tiles meet."""
 
     vae_enable_slicing: Annotated[bool, Opt()] = False
-    """Encode and decode a batch one image at a time: less memory."""
+    """Accepted, but changes nothing: images are always encoded and decoded one at a time, so that none depends on the
+    others of its batch."""
 
     vae_dtype: Annotated[Literal["default", "bf16", "fp16", "fp32"], Opt(level="expert")] = "default"
     """Number format of the VAE. default: bf16 on a GPU, fp32 on a CPU."""
 
     keep_vae_loaded: Annotated[bool, Opt(level="expert")] = False
-    """Keep the VAE in memory between the cache and the validations."""
+    """Keep the VAE in memory, on the GPU if there is one, from the latent cache to the last validation. Without it,
+    it is loaded again for the first images and waits in main memory in between."""
 
     offload_during_startup: Annotated[bool, Opt()] = False
-    """While caching, keep only the text encoder or the VAE in GPU memory, never both."""
+    """Accepted, but changes nothing: the text encoder, the VAE and the transformer are always loaded one after the
+    other, each after the memory of the one before it was given back."""
