@@ -199,8 +199,8 @@ def recomputation_reads_what_is_set(c: Config, origins: Origins) -> Problem | No
     unread = [name for name, is_read in reads.items() if not is_read]
     if unread:
         fixes = (Fix(key="gradient_checkpointing", value=True),)
-        params = {"unread": ", ".join(unread)}
-        return Problem(code="W-CHECKPOINTING-OFF", severity=_WARNING, params=params, path=f"/{unread[0]}", fixes=fixes)
+        told = {"unread": ", ".join(unread)}
+        return Problem(code="W-CHECKPOINTING-OFF", severity=_WARNING, params=told, path=f"/{unread[0]}", fixes=fixes)
     if m.gradient_checkpointing_budget is None or m.gradient_checkpointing_interval == 0:
         return None
     fixes = (Fix(key="gradient_checkpointing_interval", value="auto"),)
