@@ -37,7 +37,12 @@ from simpletuner.problems import ConfigError, ExitCode
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 GUIDES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("INSTALL.md", "TUTORIAL.md", "RUNS.md", "README.md"))]
-GUIDES = [*GUIDES, ROOT / "docs" / "quickstart" / "ZIMAGE.md", ROOT / "docs" / "OPTIMIZERS.md"]
+GUIDES = [
+    *GUIDES,
+    ROOT / "docs" / "quickstart" / "ZIMAGE.md",
+    ROOT / "docs" / "OPTIMIZERS.md",
+    ROOT / "docs" / "MEMORY.md",
+]
 TRANSLATIONS = [page.with_suffix(".es.md") for page in GUIDES]
 WRITTEN = [*GUIDES, *TRANSLATIONS]
 
@@ -218,6 +223,7 @@ def test_names_in_the_text_are_options_or_keys(page: Path):
     arguments = {argument.name for row in OPTIMIZERS.values() for argument in row.arguments}
     known = {*options(), *dataset_options("image"), *dataset_options("text_embeds"), *OPTIMIZERS, *arguments, *others}
     known |= {spelling for spelling, _ in OPTIMIZER_SPELLINGS}
+    known |= {choice for option in options().values() for choice in option.choices}
     aliases = {alias for option in options().values() for alias in option.opt.aliases}
     names = {word for word in _INLINE.findall(prose(page)) if _NAME.fullmatch(word)}
     assert names <= known | aliases
