@@ -114,20 +114,20 @@ def _overhead(say: Say) -> str:
 
 def _full_size(say: Say) -> str:
     result = _load("full_size")
-    gib, rows = 2**30, []
-    for row in result["rows"]:
-        rows.append(
-            (
-                row["precision"],
-                f"{row['model_bytes'] / gib:.2f}",
-                f"**{row['load_peak_bytes'] / gib:.2f}**",
-                f"{row['load_aim_bytes'] / gib:.2f}",
-                f"{row['load_s']:.0f}",
-                f"**{row['step_peak_bytes'] / gib:.2f}**",
-                f"{row['aim_bytes'] / gib:.0f}",
-                f"{min(row['steps_s']):.0f}",
-            )
+    gib = 2**30
+    rows = [
+        (
+            row["precision"],
+            f"{row['model_bytes'] / gib:.2f}",
+            f"**{row['load_peak_bytes'] / gib:.2f}**",
+            f"{row['load_aim_bytes'] / gib:.2f}",
+            f"{row['load_s']:.0f}",
+            f"**{row['step_peak_bytes'] / gib:.2f}**",
+            f"{row['aim_bytes'] / gib:.0f}",
+            f"{min(row['steps_s']):.0f}",
         )
+        for row in result["rows"]
+    ]
     head = (
         "format",
         "model, GiB",
