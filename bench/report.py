@@ -114,20 +114,20 @@ def _overhead(say: Say) -> str:
 
 def _full_size(say: Say) -> str:
     result = _load("full_size")
-    gib, rows = 2**30, []
-    for row in result["rows"]:
-        rows.append(
-            (
-                row["precision"],
-                f"{row['model_bytes'] / gib:.2f}",
-                f"**{row['load_peak_bytes'] / gib:.2f}**",
-                f"{row['load_aim_bytes'] / gib:.2f}",
-                f"{row['load_s']:.0f}",
-                f"**{row['step_peak_bytes'] / gib:.2f}**",
-                f"{row['aim_bytes'] / gib:.0f}",
-                f"{min(row['steps_s']):.0f}",
-            )
+    gib = 2**30
+    rows = [
+        (
+            row["precision"],
+            f"{row['model_bytes'] / gib:.2f}",
+            f"**{row['load_peak_bytes'] / gib:.2f}**",
+            f"{row['load_aim_bytes'] / gib:.2f}",
+            f"{row['load_s']:.0f}",
+            f"**{row['step_peak_bytes'] / gib:.2f}**",
+            f"{row['aim_bytes'] / gib:.0f}",
+            f"{min(row['steps_s']):.0f}",
         )
+        for row in result["rows"]
+    ]
     head = (
         "format",
         "model, GiB",
@@ -139,9 +139,10 @@ def _full_size(say: Say) -> str:
         "faster step, s",
     )
     text = say(
-        "{params:.2f} billion parameters with random weights, read from three bf16 shards; rank-16 LoRA, 256 px, batch 1, "
-        "every block recomputed, {compute} products on a CPU without matrix units for bf16. Peaks are resident memory "
-        "of the whole process in GiB, Python and torch included; other work ran beside it (load average {load:.0f})."
+        "{params:.2f} billion parameters with random weights, read from three bf16 shards; rank-16 LoRA, 256 px, "
+        "batch 1, every block recomputed, {compute} products on a CPU without matrix units for bf16. Peaks are "
+        "resident memory of the whole process in GiB, Python and torch included; other work ran beside it (load "
+        "average {load:.0f})."
     ).format(
         params=result["num_params"] / 1e9,
         compute=result["rows"][0]["compute"],

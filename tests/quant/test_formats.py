@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.layer import LoraLinear
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.quant.build import FORMATS, quantiser
-from simpletuner.quant.formats import Int4Format, Int8Format
+from simpletuner.quant.formats import Int4Format, Int8Format, rows_per_piece
 from simpletuner.quant.linear import FrozenLinear
 
 ROWS, COLUMNS = 192, 256
@@ -105,14 +105,26 @@ def test_the_codes_are_torchaos(name, config):
     assert torch.equal(theirs.qdata.float(), ours["codes"].float())
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_nf4_is_bitsandbytes(blocks):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks", [1, 3, 60])
+def test_nf4_is_bitsandbytes(blocks, dtype):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    w = torch.randn(64 * blocks, 192, generator=torch.Generator().manual_seed(2))
+    w = torch.randn(64 * blocks, 192, generator=torch.Generator().manual_seed(2)).to(dtype)
+    w[0, :64] = 0
     codes, state = quantize_4bit(w, blocksize=64, compress_statistics=True, quant_type="nf4")
     layer = FrozenLinear.from_weight(w, None, form=FORMATS["nf4-bnb"])
-    assert torch.equal(layer.unpacked(), dequantize_4bit(codes, state))
+    assert torch.equal(layer.parts()["codes"], codes)
+    assert torch.equal(layer.unpacked(dtype), dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("name", ["int8-torchao", "fp8wo-torchao", "int4-torchao"])
+def test_packing_in_pieces_is_packing_at_once(name):
+    w = torch.randn(300, 4096, generator=torch.Generator().manual_seed(5))
+    assert 1 < rows_per_piece(w) < len(w) and len(w) % rows_per_piece(w)
+    form = FORMATS[name]
+    for part, whole in form.pack_rows(w).items():
+        assert torch.equal(form.pack(w)[part].view(torch.uint8), whole.view(torch.uint8))
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
