@@ -19,6 +19,10 @@ from torch import Tensor, nn
 class FrozenBase(Protocol):
     """A frozen base layer that keeps its weight in a form of its own and multiplies by it itself, without a graph."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; its weight may be elsewhere now."""
+
     def multiply(self, x_RI: Tensor) -> Tensor:
         """W x + b [R, O] of rows [R, I], in their dtype; a new tensor."""
 
@@ -60,6 +64,8 @@ class LoraLinear(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
+        if isinstance(self.base_layer, FrozenBase):
+            return self.base_layer.device
         tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
         return tensors[0].device
 

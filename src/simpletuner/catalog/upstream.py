@@ -44,22 +44,18 @@ _RESULT_VALUES = """
     qwen_text_encoder_model_name_or_path
 """
 _MEMORY_FLAGS = """
-    enable_group_offload group_offload_use_stream group_offload_text_encoder group_offload_vae ramtorch
-    ramtorch_text_encoder ramtorch_vae ramtorch_disable_sync_hooks ramtorch_disable_extensions quantize_activations
-    vae_enable_patch_conv offload_during_save optimizer_release_gradients optimizer_offload_gradients
-    gradient_checkpointing_offload_attention gradient_checkpointing_offload_prefetch set_grads_to_none fsdp_enable
-    fsdp_cpu_offload
+    quantize_activations vae_enable_patch_conv offload_during_save optimizer_release_gradients
+    optimizer_offload_gradients gradient_checkpointing_offload_attention gradient_checkpointing_offload_prefetch
+    set_grads_to_none fsdp_enable fsdp_cpu_offload
 """
 _MEMORY_VALUES = """
-    group_offload_type group_offload_blocks_per_group group_offload_to_disk_path ramtorch_target_modules
-    ramtorch_transformer_percent ramtorch_text_encoder_percent musubi_blocks_to_swap musubi_block_swap_device=cpu
-    quantization_config optimizer_cpu_offload_method deepspeed_config
+    musubi_block_swap_device=cpu quantization_config optimizer_cpu_offload_method deepspeed_config
     gradient_checkpointing_segment_stride gradient_checkpointing_backend=torch
     gradient_checkpointing_offload_pin_memory_max_buckets accelerator_cache_clear_interval
 """
 _SPEED_FLAGS = """
     fuse_optimizer fuse_qkv_projections disable_tf32 dynamo_fullgraph dynamo_dynamic
-    dynamo_use_regional_compilation use_xformers
+    dynamo_use_regional_compilation use_xformers ramtorch_disable_sync_hooks ramtorch_disable_extensions=true
 """
 _SPEED_VALUES = "attention_mechanism=diffusers sageattention_usage dynamo_backend dynamo_mode"
 _OTHER_FLAGS = """

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSITORY
+from simpletuner.config.offload_rules import OFFLOAD_RULES
 from simpletuner.config.optimizer_rules import OPTIMIZER_RULES
 from simpletuner.config.paths import is_file
 from simpletuner.config.placeholder import SUBJECT_PLACEHOLDER, has_placeholder
@@ -291,4 +292,4 @@ def _all_rules() -> Iterator[Rule]:
     yield from (value for value in list(globals().values()) if isinstance(value, Rule))
 
 
-RULES = (*_all_rules(), *OPTIMIZER_RULES, *PRECISION_RULES)
+RULES = (*_all_rules(), *OPTIMIZER_RULES, *PRECISION_RULES, *OFFLOAD_RULES)

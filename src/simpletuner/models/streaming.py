@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,21 @@ OnProgress = Callable[[int, int], None]
 class Conversion:
     """Linear layers that take another form as soon as their weight is read, so that it never lies in memory whole.
 
-    `make(weight [out, in])` returns the layer to put in the place of a linear layer without bias. It is given the
-    numbers as stored: on the device with `on_device`, else in main memory, and what it returns is then moved.
+    `make(name, weight [out, in])` returns the layer to put in the place of the linear layer `name`, which has no bias.
+    It is given the numbers as stored: on the device with `on_device`, else in main memory, and what it returns is then
+    moved. Of the layers in `ready` the numbers are elsewhere already: nothing is read, and the weight is on the meta
+    device.
     """
 
     layers: frozenset[str]
-    make: Callable[[Tensor], nn.Module]
+    make: Callable[[str, Tensor], nn.Module]
     on_device: bool = True
+    ready: frozenset[str] = frozenset()
+
+
+def quantising(layers: frozenset[str], quantise: Callable[[Tensor], nn.Module], *, on_device: bool) -> Conversion:
+    """The conversion that calls `quantise(weight)` for each of `layers`."""
+    return Conversion(layers=layers, make=lambda name, weight: quantise(weight), on_device=on_device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +79,17 @@ def load_weights_(
     headers = [read_header(shard) for shard in files.shards]
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     plan = _plan(headers, shapes, keys, files)
+    converted, ready = (conversion.layers, conversion.ready) if conversion is not None else (frozenset(), frozenset())
+    plan = {path: [p for p in pieces if _layer_of(p.name) not in ready] for path, pieces in plan.items()}
     total_bytes = sum(tensor.stop - tensor.start for header in headers for tensor in header.tensors)
-    converted = conversion.layers if conversion is not None else frozenset()
+    if conversion is not None:
+        for layer in sorted(ready):
+            weight = cast("Tensor", module.get_submodule(layer).weight)
+            place_module_(module, layer, conversion.make(layer, weight))
     for name, tensor, done_bytes in _read_all(plan):
-        layer = name.removesuffix(".weight")
+        layer = _layer_of(name)
         if conversion is not None and layer in converted:
-            place_module_(module, layer, _convert(module.get_submodule(layer), tensor, conversion, device))
+            place_module_(module, layer, _convert(module, layer, tensor, conversion, device))
         else:
             place_tensor_(module, name, tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device))
         if on_progress is not None:
@@ -98,11 +111,16 @@ def place_module_(module: nn.Module, name: str, replacement: nn.Module) -> None:
     setattr(module.get_submodule(parent), last, replacement)
 
 
-def _convert(layer: nn.Module, weight: Tensor, conversion: Conversion, device: torch.device) -> nn.Module:
+def _convert(module: nn.Module, name: str, weight: Tensor, conversion: Conversion, device: torch.device) -> nn.Module:
+    layer = module.get_submodule(name)
     assert isinstance(layer, nn.Linear) and layer._parameters["bias"] is None
     if conversion.on_device:
         weight = weight.to(device)
-    return conversion.make(weight).train(layer.training).to(device)
+    return conversion.make(name, weight).train(layer.training).to(device)
+
+
+def _layer_of(parameter: str) -> str:
+    return parameter.removesuffix(".weight")
 
 
 def stored_names(files: WeightFiles) -> frozenset[str]:

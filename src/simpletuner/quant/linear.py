@@ -47,7 +47,8 @@ class FrozenLinear(nn.Linear):
     """W x + b with W in a `WeightFormat` and nothing trained.
 
     The parts are buffers under their own names. `before_use`, if set, is called before the parts are read, in forward
-    and in backward; it may put them where `x` is.
+    and in backward; it may put them where `x` is. `streamed_to`, if set, is where the layer computes: its parts are
+    then somebody else's to move, and lie on the meta device while they are not here.
     """
 
     def __init__(self, parts: Parts, shape: tuple[int, int], bias: Tensor | None, *, form: WeightFormat) -> None:
@@ -55,6 +56,7 @@ class FrozenLinear(nn.Linear):
         self.out_features, self.in_features = shape
         self.form = form
         self.before_use: Callable[[], None] | None = None
+        self.streamed_to: torch.device | None = None
         for name in form.part_names:
             self.register_buffer(name, parts[name])
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -74,10 +76,14 @@ class FrozenLinear(nn.Linear):
         """The stored tensors themselves."""
         return {name: self._buffers[name] for name in self.form.part_names}  # type: ignore[misc]
 
+    def set_parts(self, parts: Parts) -> None:
+        """Let `parts` be the stored tensors, wherever they lie."""
+        self._buffers.update(parts)
+
     @property
     def device(self) -> torch.device:
-        """Where the parts lie now."""
-        return self.parts()[self.form.part_names[0]].device
+        """Where it computes."""
+        return self.streamed_to or self.parts()[self.form.part_names[0]].device
 
     def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as numbers [O, I]: a new tensor, for exports and comparisons."""
@@ -103,6 +109,18 @@ class FrozenLinear(nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         out: Tensor = _FrozenProduct.apply(x.to(dtype), self)
         return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
+        """What `.to(...)` does to every tensor of a model; parts that are streamed stay with their streamer."""
+        parts = self.parts()
+        if self.streamed_to is not None:
+            self.set_parts(dict.fromkeys(parts))  # type: ignore[arg-type]
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            if self.streamed_to is not None:
+                self.set_parts(parts)
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, form={self.form.name}"

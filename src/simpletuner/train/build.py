@@ -31,20 +31,17 @@ from simpletuner.config.root import Config
 from simpletuner.data.prompts import PromptStore
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import AdapterCreated, ModelLoaded
-from simpletuner.models.files import WeightFiles
 from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles
-from simpletuner.models.z_image.load import load_transformer
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.transformer import ZImageTransformer, velocity
 from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.schedules import ScheduleSettings
 from simpletuner.optim.settings import OptimizerSettings
-from simpletuner.quant.build import quantiser
 from simpletuner.train.context import ContextCache
 from simpletuner.train.device import Compute
 from simpletuner.train.flow import FlowSettings
-from simpletuner.train.kept import keep_transformer, kept_path, load_kept_transformer
+from simpletuner.train.load import load_trained_model
 from simpletuner.train.recompute import apply_recomputation
 from simpletuner.train.step import StepSettings
 
@@ -116,7 +113,7 @@ def build_training(
 ) -> Training:
     """Load the transformer, then attach the assistant adapter, if there is one, and what is trained."""
     begun = time.monotonic()
-    transformer = _load_transformer(config, files=files.transformer, compute=compute, run=run)
+    transformer = load_trained_model(config, files=files.transformer, compute=compute, run=run)
     precision = config.memory.base_model_precision
     run.emit(
         ModelLoaded(
@@ -180,38 +177,6 @@ def build_training(
         optimizer=optimizer,
         compute=compute,
     )
-
-
-def _load_transformer(config: Config, *, files: WeightFiles, compute: Compute, run: RunRecorder) -> ZImageTransformer:
-    """From the model's files, or from the quantised form that an earlier start has kept."""
-    precision, folder = config.memory.base_model_precision, config.memory.quantized_model_dir
-    kept = kept_path(Path(folder), precision) if folder and PRECISIONS[precision].keeps_plain_parts else None
-    with run.phase("transformer", unit="bytes") as progress:
-
-        def on_progress(done_bytes: int, total_bytes: int) -> None:
-            progress.update(done_bytes, total=total_bytes)
-
-        if kept is not None and kept.exists():
-            return load_kept_transformer(
-                kept,
-                files,
-                precision=precision,
-                dtype=compute.weights,
-                device=compute.device,
-                on_progress=on_progress,
-            )
-        transformer = load_transformer(
-            files,
-            dtype=compute.weights,
-            device=compute.device,
-            quantise=quantiser(precision, compute.weights),
-            quantise_on_device=config.memory.quantize_via != "cpu",
-            on_progress=on_progress,
-        )
-    if kept is not None:
-        with run.phase("quantised"):
-            keep_transformer(kept, transformer, files, precision=precision, dtype=compute.weights)
-    return transformer
 
 
 def lora_settings(config: Config) -> LoraSettings:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from simpletuner.memory.streaming import StreamBuilder
 from simpletuner.models.files import WeightFiles, fingerprint, read_header
 from simpletuner.models.streaming import OnProgress, place_module_, place_tensor_
 from simpletuner.models.tensors import read_tensor, write_tensors
@@ -33,14 +34,24 @@ def kept_path(folder: Path, precision: str) -> Path:
 
 
 def keep_transformer(
-    path: Path, transformer: ZImageTransformer, files: WeightFiles, *, precision: str, dtype: torch.dtype
+    path: Path,
+    transformer: ZImageTransformer,
+    files: WeightFiles,
+    *,
+    precision: str,
+    dtype: torch.dtype,
+    elsewhere: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the quantised `transformer`, made from `files`; complete or not at all.
 
+    Args:
+        elsewhere: those of its tensors that are not in it, because they stream.
     Raises:
         OSError: no room, or no right to write there.
     """
-    write_tensors(path, transformer.state_dict(), {_MADE_FROM: _made_from(files, precision, dtype)})
+    write_tensors(
+        path, {**transformer.state_dict(), **(elsewhere or {})}, {_MADE_FROM: _made_from(files, precision, dtype)}
+    )
 
 
 def load_kept_transformer(
@@ -50,10 +61,13 @@ def load_kept_transformer(
     precision: str,
     dtype: torch.dtype,
     device: torch.device,
+    builder: StreamBuilder | None = None,
     on_progress: OnProgress,
 ) -> ZImageTransformer:
     """The transformer as `keep_transformer` wrote it.
 
+    Args:
+        builder: takes those layers that shall stream; they are not put on `device`.
     Raises:
         ModelError: E-QUANTISED-DIR, it was made from other weights or is not whole.
     """
@@ -65,14 +79,17 @@ def load_kept_transformer(
     expected = {name for name in transformer.state_dict() if name.removesuffix(".weight") not in unfilled}
     with path.open("rb", buffering=0) as file:
         for stored in header.tensors:
-            tensor = read_tensor(file, stored).to(device)
+            tensor = read_tensor(file, stored)
             layer, _, part = stored.name.rpartition(".")
             if layer in unfilled:
                 unfilled[layer][part] = tensor
                 if unfilled[layer].keys() == set(form.part_names):
-                    place_module_(transformer, layer, _frozen(transformer, layer, unfilled.pop(layer), precision))
+                    frozen = _frozen(transformer, layer, unfilled.pop(layer), precision)
+                    if builder is not None and layer in builder.names:
+                        builder.take(layer, frozen)
+                    place_module_(transformer, layer, frozen.to(device))
             else:
-                place_tensor_(transformer, stored.name, tensor)
+                place_tensor_(transformer, stored.name, tensor.to(device))
                 expected.discard(stored.name)
             on_progress(stored.stop, header.size_bytes)
     if unfilled or expected:

@@ -17,11 +17,13 @@ from simpletuner.data.latents import LatentSource, LatentStore, cache_latents
 from simpletuner.data.prompts import PromptSource, PromptStore, cache_prompts
 from simpletuner.data.records import Plan
 from simpletuner.events.run_directory import RunRecorder
+from simpletuner.memory.module_swap import apply_module_swap
 from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.text import encoder_id, load_prompt_encoder
-from simpletuner.models.z_image.vae import LatentCodec, codec_id, load_latent_codec
+from simpletuner.models.z_image.vae import LatentCodec, codec_id, codec_pieces, load_latent_codec
 from simpletuner.quant.build import quantiser
 from simpletuner.train.device import Compute
+from simpletuner.train.offload import TextEncoderStream, vae_is_offloaded
 
 _PROMPTS_PER_CALL = 4
 
@@ -52,6 +54,7 @@ def fill_prompt_cache(
 
     def open_encoder() -> _Identified[Sequence[str], list[Tensor]]:
         with run.phase("text_encoder"):
+            stream = TextEncoderStream(config.memory, files.text_encoder, compute)
             encoder = load_prompt_encoder(
                 files.text_encoder,
                 files.tokenizer_dir,
@@ -60,7 +63,9 @@ def fill_prompt_cache(
                 max_tokens=max_tokens,
                 quantise=quantiser(precision, dtype),
                 quantise_on_device=config.memory.quantize_via != "cpu",
+                convert=stream.convert,
             )
+            stream.attach(encoder.model)
         return _Identified(identity, encoder.encode)
 
     identity = encoder_id(
@@ -106,8 +111,8 @@ class Vae:
 
     def park(self) -> None:
         """Leave the device to the training; the next images fetch it from main memory. But for `keep_vae_loaded`."""
-        device = self._compute.device
-        if self._codec is None or device.type == "cpu" or self._config.memory.keep_vae_loaded:
+        device, memory = self._compute.device, self._config.memory
+        if self._codec is None or device.type == "cpu" or memory.keep_vae_loaded or vae_is_offloaded(memory):
             return
         self._codec.model.to("cpu")
         self._codec = replace(self._codec, device=torch.device("cpu"))
@@ -148,14 +153,20 @@ def fill_latent_cache(
 
 
 def load_codec(config: Config, files: PipelineFiles, compute: Compute) -> LatentCodec:
-    """The VAE as the options ask for it, on the device."""
-    return load_latent_codec(
+    """The VAE, ready to run on the device; with offload its weights stay in main memory while it does not."""
+    memory = config.memory
+    is_offloaded = vae_is_offloaded(memory)
+    codec = load_latent_codec(
         files.vae,
         dtype=vae_dtype(config, compute),
-        device=compute.device,
-        tiling=config.memory.vae_enable_tiling,
-        slicing=config.memory.vae_enable_slicing,
+        device="cpu" if is_offloaded else compute.device,
+        tiling=memory.vae_enable_tiling,
+        slicing=memory.vae_enable_slicing,
     )
+    if not is_offloaded:
+        return codec
+    apply_module_swap(codec_pieces(codec), device=compute.device)
+    return replace(codec, device=compute.device)
 
 
 def vae_dtype(config: Config, compute: Compute) -> torch.dtype:

@@ -51,6 +51,7 @@ from simpletuner.train.checkpoint import (
 from simpletuner.train.device import Compute, choose_compute, choose_device, device_name
 from simpletuner.train.images import Validator
 from simpletuner.train.loop import Ending, LoopSettings, run_loop
+from simpletuner.train.offload import announce_offload
 from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.start import Start
@@ -129,6 +130,7 @@ class _Run:
             recipe = self._recipe(plan)
             start_step = self._check_checkpoint(checkpoint, recipe)
             files, assistant_file = self._find_model()
+            announce_offload(config.memory, files.transformer, compute, run)
             self._announce(plan, sampler, compute, requests, start_step=start_step, total_steps=total_steps)
             prompts = fill_prompt_cache(
                 self._all_prompts(plan, requests),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from simpletuner.catalog.precisions import PRECISION_SPELLINGS, PRECISIONS
 from simpletuner.config.fields import Opt, Section
@@ -81,3 +81,54 @@ class MemorySection(Section):
     offload_during_startup: Annotated[bool, Opt()] = False
     """Accepted, but changes nothing: the text encoder, the VAE and the transformer are always loaded one after the
     other, each after the memory of the one before it was given back."""
+
+    enable_group_offload: Annotated[bool, Opt()] = False
+    """Keep the transformer's frozen weights in main memory and bring them to the GPU a group at a time, when they are
+    used: much less GPU memory, the same result. Not with optimum-quanto's formats."""
+
+    group_offload_type: Annotated[Literal["block_level", "leaf_level"], Opt()] = "block_level"
+    """What travels together: whole blocks (block_level) or each linear layer by itself (leaf_level), which takes the
+    least GPU memory and more copies."""
+
+    group_offload_blocks_per_group: Annotated[int, Ge(1), Opt(unit="blocks")] = 1
+    """Blocks in a group of block_level. More make fewer and larger copies, and take more GPU memory."""
+
+    group_offload_blocks: Annotated[int | None, Ge(1), Opt(unit="blocks", shown_default="all")] = None
+    """How many of the transformer's main blocks are streamed; the others stay on the GPU. Fewer are faster."""
+
+    group_offload_use_stream: Annotated[bool, Opt()] = False
+    """Copy the next group while the GPU computes with this one, in forward and in backward: two groups are on the GPU
+    instead of one. Needs CUDA."""
+
+    group_offload_to_disk_path: Annotated[str | None, Opt(holds="path", shown_default="main memory")] = None
+    """Folder in which the weights wait instead of in main memory. Use a fast local disk. A later run with the same
+    weights reads what is there."""
+
+    group_offload_text_encoder: Annotated[bool, Opt()] = False
+    """Group offload for the text encoder, while prompts are cached."""
+
+    group_offload_vae: Annotated[bool, Opt()] = False
+    """Keep the VAE in main memory and bring each of its parts to the GPU while it runs."""
+
+    musubi_blocks_to_swap: Annotated[int, Ge(0), Le(29), Opt(unit="blocks")] = 0
+    """So many of the main blocks are streamed from main memory, evenly spread; the others stay on the GPU. The same as
+    enable_group_offload with group_offload_blocks and, on CUDA, group_offload_use_stream."""
+
+    ramtorch: Annotated[bool, Opt()] = False
+    """Stream the transformer's linear layers from main memory, each by itself: as enable_group_offload at leaf_level
+    with group_offload_use_stream on CUDA. Runs on this program's own streaming, and with int8 and nf4 too."""
+
+    ramtorch_target_modules: Annotated[tuple[str, ...] | None, Opt(shown_default="all")] = None
+    """Stream only these linear layers: names, endings of names ("feed_forward.w1") or patterns with *."""
+
+    ramtorch_transformer_percent: Annotated[float, Gt(0), Le(100), Opt(unit="%")] = 100.0
+    """Share of the transformer's linear layers that ramtorch streams, evenly spread."""
+
+    ramtorch_text_encoder: Annotated[bool, Opt()] = False
+    """Stream the text encoder's linear layers too, while prompts are cached."""
+
+    ramtorch_text_encoder_percent: Annotated[float, Gt(0), Le(100), Opt(unit="%")] = 100.0
+    """Share of the text encoder's linear layers that ramtorch_text_encoder streams, evenly spread."""
+
+    ramtorch_vae: Annotated[bool, Opt()] = False
+    """The same as group_offload_vae."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.models.files import WeightFiles, read_json, unsupported
-from simpletuner.models.streaming import Conversion, OnProgress, load_weights_, stored_names
+from simpletuner.models.streaming import Conversion, OnProgress, load_weights_, quantising, stored_names
 from simpletuner.models.z_image.layouts import transformer_keys
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
@@ -22,6 +22,7 @@ def load_transformer(
     device: torch.device | str = "cpu",
     quantise: Callable[[Tensor], nn.Module] | None = None,
     quantise_on_device: bool = True,
+    conversion: Conversion | None = None,
     on_progress: OnProgress | None = None,
 ) -> ZImageTransformer:
     """The transformer on `device`, its parameters frozen and in `dtype`.
@@ -30,14 +31,13 @@ def load_transformer(
         quantise: weight [out, in] -> the layer that takes the place of a linear layer, for all but those that every
             token or every step passes through (`FamilySpec.never_quantised`).
         quantise_on_device: call it on `device` rather than in main memory.
+        conversion: in place of `quantise`, for other layers or other changes.
     Raises:
         ModelError: the files are damaged, hold another model, or one that this module does not implement.
     """
     transformer = empty_transformer(files)
-    conversion = None
-    if quantise is not None:
-        layers = quantisable_layers(transformer)
-        conversion = Conversion(layers=layers, make=quantise, on_device=quantise_on_device)
+    if conversion is None and quantise is not None:
+        conversion = quantising(quantisable_layers(transformer), quantise, on_device=quantise_on_device)
     load_weights_(
         transformer,
         files,

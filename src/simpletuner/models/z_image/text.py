@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from simpletuner.models.files import WeightFiles, digest_files, fingerprint, read_json, unsupported
 from simpletuner.models.lean_imports import lean_imports
-from simpletuner.models.streaming import Conversion, load_weights_
+from simpletuner.models.streaming import Conversion, load_weights_, quantising
 from simpletuner.models.z_image.layouts import text_encoder_keys
 from simpletuner.problems import ModelError, Problem
 
@@ -78,12 +78,14 @@ def load_prompt_encoder(
     max_tokens: int = MAX_TOKENS,
     quantise: Callable[[Tensor], nn.Module] | None = None,
     quantise_on_device: bool = True,
+    convert: Callable[[nn.Module], Conversion | None] | None = None,
 ) -> PromptEncoder:
     """Load the text encoder without its last layer.
 
     Args:
         quantise: weight [out, in] -> the layer that takes the place of a linear layer of the decoder.
         quantise_on_device: call it on `device` rather than in main memory.
+        convert: the model on the meta device -> what becomes of its layers; None: what `quantise` says.
     Raises:
         ModelError: the files are damaged or do not fit their config; E-MODEL-TOKENIZER, E-MODEL-NO-TEMPLATE.
     """
@@ -109,13 +111,17 @@ def load_prompt_encoder(
     model.norm = nn.Identity()
     model.rotary_emb = Qwen3RotaryEmbedding(config=config).to(device)  # computed, not stored: made anew off meta
     place = torch.device(device)
-    conversion = None
-    if quantise is not None:
-        layers = frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        conversion = Conversion(layers=layers, make=quantise, on_device=quantise_on_device)
+    conversion = None if convert is None else convert(model)
+    if conversion is None and quantise is not None:
+        conversion = quantising(linear_layers(model), quantise, on_device=quantise_on_device)
     load_weights_(model, files, keys=text_encoder_keys(num_layers), dtype=dtype, device=place, conversion=conversion)
     tokenizer = _load_tokenizer(tokenizer_dir)
     return PromptEncoder(model=model.eval(), tokenizer=tokenizer, max_tokens=max_tokens, device=place)
+
+
+def linear_layers(model: nn.Module) -> frozenset[str]:
+    """Names of the layers that may take another form: all linear ones, none of which has a bias."""
+    return frozenset(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
 def encoder_id(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simpletuner.models.files import WeightFiles, fingerprint, read_json, unsupported
 from simpletuner.models.lean_imports import lean_imports
@@ -117,6 +117,14 @@ def load_latent_codec(
         factor=factor,
         alignment_px=factor * Z_IMAGE.patch,
     )
+
+
+def codec_pieces(codec: LatentCodec) -> list[nn.Module]:
+    """The parts of the autoencoder that are called one after the other, with all of its weights."""
+    model = codec.model
+    children = [child for half in (model.encoder, model.decoder) for child in half.children()]
+    pieces = [piece for child in children for piece in (child if isinstance(child, nn.ModuleList) else (child,))]
+    return pieces + [conv for conv in (model.quant_conv, model.post_quant_conv) if conv is not None]
 
 
 def codec_id(files: WeightFiles, *, dtype: torch.dtype, tiling: bool = False) -> str:
