@@ -77,7 +77,7 @@ def choose_groups(names: Sequence[str], settings: GroupSettings) -> tuple[tuple[
         blocks = _spread_blocks(blocks, settings.num_blocks)
     if settings.blocks_per_group is None:
         layers = [name for members in blocks.values() for name in members]
-        return tuple((layers[index],) for index in spread(len(layers), round(settings.share * len(layers))))
+        return tuple((layers[index],) for index in spread(len(layers), max(1, round(settings.share * len(layers)))))
     return tuple(
         tuple(name for block in chunk for name in blocks[block])
         for chunk in _chunks(list(blocks), settings.blocks_per_group)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from simpletuner.events.oserrors import FileSystemError, os_errors_as_problems
 from simpletuner.events.processes import is_alive, process_start
-from simpletuner.memory.store import GroupLayout, GroupStore, PartLayout, Parts, copy_parts, lay_out
+from simpletuner.memory.groups import aligned
+from simpletuner.memory.store import GroupLayout, GroupStore, PartLayout, Parts, lay_out
 from simpletuner.problems import Problem
 
 _INDEX = "index.json"
@@ -66,9 +68,7 @@ class SpillStore(GroupStore):
                 return
             if self._path.exists():  # of another version, or somebody has been at it
                 shutil.rmtree(self._path)
-            self._partial = directory / f".{key}{_PARTIAL}{os.getpid()}"
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir()
+            self._partial = Path(tempfile.mkdtemp(prefix=f".{key}{_PARTIAL}", suffix=f"-{os.getpid()}", dir=directory))
             (self._partial / "process").write_text(process_start(os.getpid()) or "")
 
     @property
@@ -77,14 +77,14 @@ class SpillStore(GroupStore):
 
     def put(self, group: int, layers: Mapping[str, Parts]) -> None:
         layout = lay_out(layers)
-        block = torch.empty(layout.size_bytes, dtype=torch.uint8)
-        copy_parts(layers, layout, block)
-        content = _bytes_of(block)
+        crc = 0
         with os_errors_as_problems(self._partial), (self._partial / _file_name(group)).open("wb") as file:
-            file.write(content)
+            for content in _contents(layers):
+                file.write(content)
+                crc = zlib.crc32(content, crc)
             file.flush()
             os.fsync(file.fileno())
-        self._blocks[group] = _Block(layout=layout, crc=zlib.crc32(content))
+        self._blocks[group] = _Block(layout=layout, crc=crc)
 
     def finish(self) -> None:
         if self.is_ready:
@@ -130,6 +130,14 @@ class SpillStore(GroupStore):
 def is_spilled(directory: Path, key: str, groups: Sequence[Sequence[str]]) -> bool:
     """Whether an earlier run has left these weights there, whole."""
     return _read_index(directory / key, groups) is not None
+
+
+def _contents(layers: Mapping[str, Parts]) -> Iterator[memoryview | bytes]:
+    """The bytes of a block from its beginning on, as `lay_out` places them, with zeros in the gaps."""
+    for parts in layers.values():
+        for tensor in parts.values():
+            yield _bytes_of(tensor.contiguous().reshape(-1).view(torch.uint8))
+            yield bytes(aligned(tensor.nbytes) - tensor.nbytes)
 
 
 def _remove_left_behind(directory: Path) -> None:

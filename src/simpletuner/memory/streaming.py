@@ -145,6 +145,7 @@ class Streamer:
             for _ in range(NUM_SLOTS_AHEAD if self._ahead else 1)
         ]
         self._current: _Slot | None = None
+        self._begins = False  # a pass has begun and used nothing yet
         self.counts = StreamCounts()
 
     @property
@@ -160,11 +161,14 @@ class Streamer:
     def begin_pass(self) -> None:
         """The model is called. Passes with and without backward have orders of their own."""
         self._order.begin(torch.is_grad_enabled())
+        self._begins = True
 
     def use(self, group: int) -> None:
         """Have the group on the device: what is asked of the device next finds its weights there."""
         current = self._current
         if current is not None and current.group == group:
+            if self._begins:
+                self._fetch_ahead(current, group)
             return
         if current is not None:
             self._copier.note_left(current)
@@ -184,9 +188,14 @@ class Streamer:
             raise
         self._show(slot)
         self._current = slot
+        self._fetch_ahead(slot, group)
+
+    def _fetch_ahead(self, current: _Slot, group: int) -> None:
+        """Begin to copy what is expected after `group`, which is in `current`, into the other slot."""
+        self._begins = False
         following = self._order.follow(group) if self._ahead else None
         if following is not None and following not in self.resident:
-            self._begin_copy(next(s for s in self._slots if s is not slot), following)
+            self._begin_copy(next(s for s in self._slots if s is not current), following)
 
     def _begin_copy(self, slot: _Slot, group: int) -> None:
         if slot.group is not None:
