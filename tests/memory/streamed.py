@@ -22,6 +22,8 @@ from simpletuner.quant.linear import FrozenLinear
 
 SIZES = {"dim": 96, "n_layers": 5, "n_refiner_layers": 2, "n_heads": 3, "cap_feat_dim": 12, "axes_dims": (8, 12, 12)}
 POISON = 0xFF
+CPU = torch.device("cpu")
+BLOCKS = GroupSettings()
 
 
 class PoisonedStore(GroupStore):
@@ -56,7 +58,7 @@ class Case:
     """One setting of a model and its offload; `settings` None: without."""
 
     precision: str = "no_change"
-    settings: GroupSettings | None = GroupSettings()
+    settings: GroupSettings | None = BLOCKS
     ahead: bool = True
     every: int = 0  # checkpointing interval; 0: off
     dtype: torch.dtype = torch.float32
@@ -65,7 +67,7 @@ class Case:
     dropout: float = 0.0
     directory: Path | None = None
     poisoned: bool = True
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True, kw_only=True)

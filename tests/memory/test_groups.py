@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -79,7 +80,7 @@ def test_a_spread_is_even(count, chosen):
     indices = spread(count, chosen)
     assert len(indices) == min(count, chosen) and sorted(set(indices)) == indices
     assert all(0 <= index < count for index in indices)
-    steps = {b - a for a, b in zip(indices, indices[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(indices)}
     assert not steps or max(steps) - min(steps) <= 1
 
 

@@ -35,6 +35,7 @@ DEMO_BASE = Path(simpletuner.__file__).parent / "assets" / "demo_base"
 CPU = Compute(device=torch.device("cpu"), weights=torch.float32, autocast=None)
 CUDA = torch.device("cuda", 0)
 GIB = 1 << 30
+Usage = namedtuple("Usage", ("total", "used", "free"))
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +143,8 @@ def test_too_little_main_memory_is_refused_before_loading(files, monkeypatch, tm
 
 
 def test_too_small_a_disk_is_refused_before_loading(files, monkeypatch, tmp_path):
-    usage = namedtuple("usage", ("total", "used", "free"))
     folder = tmp_path / "not" / "made" / "yet"
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 5, 5 << 20))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10, 5, 5 << 20))
     memory = MemorySection(enable_group_offload=True, group_offload_to_disk_path=str(folder))
     with pytest.raises(ConfigError) as caught:
         announce_offload(memory, files.transformer, CPU, Recorder())
@@ -163,8 +163,7 @@ def test_a_spill_that_is_there_needs_no_more_room(files, monkeypatch, tmp_path):
         conversion = stream_conversion(stream, builder, quantise_on_device=True)
         model = load_transformer(files.transformer, dtype=torch.float32, conversion=conversion)
         builder.attach(model)
-        usage = namedtuple("usage", ("total", "used", "free"))
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 5, 5))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10, 5, 5))
     assert builder.ready == builder.names
 
 
