@@ -37,7 +37,12 @@ from simpletuner.problems import ConfigError, ExitCode
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 GUIDES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("INSTALL.md", "TUTORIAL.md", "RUNS.md", "README.md"))]
-GUIDES = [*GUIDES, ROOT / "docs" / "quickstart" / "ZIMAGE.md", ROOT / "docs" / "OPTIMIZERS.md"]
+GUIDES = [
+    *GUIDES,
+    ROOT / "docs" / "quickstart" / "ZIMAGE.md",
+    ROOT / "docs" / "OPTIMIZERS.md",
+    ROOT / "docs" / "MEMORY.md",
+]
 TRANSLATIONS = [page.with_suffix(".es.md") for page in GUIDES]
 WRITTEN = [*GUIDES, *TRANSLATIONS]
 
