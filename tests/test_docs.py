@@ -223,6 +223,7 @@ def test_names_in_the_text_are_options_or_keys(page: Path):
     arguments = {argument.name for row in OPTIMIZERS.values() for argument in row.arguments}
     known = {*options(), *dataset_options("image"), *dataset_options("text_embeds"), *OPTIMIZERS, *arguments, *others}
     known |= {spelling for spelling, _ in OPTIMIZER_SPELLINGS}
+    known |= {choice for option in options().values() for choice in option.choices}
     aliases = {alias for option in options().values() for alias in option.opt.aliases}
     names = {word for word in _INLINE.findall(prose(page)) if _NAME.fullmatch(word)}
     assert names <= known | aliases

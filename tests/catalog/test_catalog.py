@@ -56,11 +56,11 @@ def test_an_option_of_ours_is_not_called_missing():
 
 @pytest.mark.parametrize("value", [None, False, "false", "no", "", 0, "none", [], {}, "no_change"])
 def test_a_missing_option_that_is_off_asks_for_nothing(value):
-    assert not asks_for_something(UPSTREAM["ramtorch"], value)
+    assert not asks_for_something(UPSTREAM["fsdp_enable"], value)
 
 
 def test_a_missing_option_that_is_on_asks_for_something():
-    assert asks_for_something(UPSTREAM["ramtorch"], True)
-    assert asks_for_something(UPSTREAM["ramtorch"], "true")
+    assert asks_for_something(UPSTREAM["fsdp_enable"], True)
+    assert asks_for_something(UPSTREAM["fsdp_enable"], "true")
     assert not asks_for_something(UPSTREAM["prediction_type"], "flow_matching")
     assert asks_for_something(UPSTREAM["prediction_type"], "epsilon")

@@ -34,7 +34,12 @@ PROBLEMS = {
         {"ramtorch": None},
     ),
     "E-OFFLOAD-KEPT-TWICE": (
-        {"enable_group_offload": True, "group_offload_to_disk_path": "a", "quantized_model_dir": "b"},
+        {
+            "enable_group_offload": True,
+            "group_offload_to_disk_path": "a",
+            "quantized_model_dir": "b",
+            "base_model_precision": "int8-torchao",
+        },
         ["group_offload_to_disk_path", "quantized_model_dir"],
         {"quantized_model_dir": None},
     ),
@@ -53,7 +58,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "text int8": {"text_encoder_precision": "int8-torchao"},
     "text quanto": {"text_encoder_precision": "int8-quanto"},
     "quantize_via": {"quantize_via": "cpu"},
-    "kept": {"quantized_model_dir": "kept"},
+    "kept": {"quantized_model_dir": "kept", "base_model_precision": "int8-torchao"},
     "fp32 base": {"base_model_default_dtype": "fp32"},
     "no checkpointing": {"gradient_checkpointing": False},
     "interval": {"gradient_checkpointing_interval": 2},

@@ -60,10 +60,12 @@ def only_frozen_weights_stream(c: Config, origins: Origins) -> Problem | None:
     return Problem(code="E-OFFLOAD-TRAINED", params=params, path=f"/{offload[0]}", fixes=_off(offload))
 
 
-@rule("group_offload_to_disk_path", "quantized_model_dir", "enable_group_offload")
+@rule("group_offload_to_disk_path", "quantized_model_dir", "enable_group_offload", "base_model_precision")
 def quantised_weights_are_kept_once(c: Config, origins: Origins) -> Problem | None:
     memory = c.memory
-    if not (memory.enable_group_offload and memory.group_offload_to_disk_path and memory.quantized_model_dir):
+    is_spilled = memory.enable_group_offload and memory.group_offload_to_disk_path
+    is_kept = memory.quantized_model_dir and PRECISIONS[memory.base_model_precision].keeps_plain_parts
+    if not (is_spilled and is_kept):
         return None
     fixes = (Fix(key="quantized_model_dir", value=None),)
     return Problem(code="E-OFFLOAD-KEPT-TWICE", path="/quantized_model_dir", fixes=fixes)
