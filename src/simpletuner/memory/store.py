@@ -18,6 +18,7 @@ from torch import Tensor
 from simpletuner.memory.groups import aligned
 
 Parts = Mapping[str, Tensor]
+_PAGE = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,27 +115,28 @@ class RamStore(GroupStore):
     def read(self, group: int, into: Tensor) -> None:
         into.copy_(self.block(group))
 
-    @property
-    def is_pinned(self) -> bool:
-        """Whether all blocks are; some systems allow only so much."""
-        return all(block is not None and block.is_pinned for block in self._blocks)
-
 
 class HostBytes:
-    """Bytes of main memory, uint8 [size], pinned if asked for and allowed.
+    """Bytes of main memory, uint8 [size], pinned if asked for and allowed; some systems allow only so much.
 
     The memory is registered with the driver after it was allocated: torch's own pinned allocator takes the next power
-    of two, which for the blocks of a large model is half as much again.
+    of two, which for the blocks of a large model is half as much again. Pages are registered whole, so no two of
+    these share one.
     """
 
     def __init__(self, size_bytes: int, *, pinned: bool) -> None:
-        self.tensor = torch.empty(size_bytes, dtype=torch.uint8)
         self.is_pinned = False
-        if pinned and size_bytes:
-            runtime: Any = torch.cuda.cudart()
-            self.is_pinned = int(runtime.cudaHostRegister(self.tensor.data_ptr(), size_bytes, 0)) == 0
-            if self.is_pinned:
-                weakref.finalize(self, _unregister, runtime, self.tensor)
+        if not pinned:
+            self.tensor = torch.empty(size_bytes, dtype=torch.uint8)
+            return
+        whole_bytes = -(-size_bytes // _PAGE) * _PAGE
+        memory = torch.empty(whole_bytes + _PAGE, dtype=torch.uint8)
+        start = -memory.data_ptr() % _PAGE
+        self.tensor = memory[start : start + size_bytes]
+        runtime: Any = torch.cuda.cudart()
+        self.is_pinned = int(runtime.cudaHostRegister(self.tensor.data_ptr(), whole_bytes, 0)) == 0
+        if self.is_pinned:
+            weakref.finalize(self, _unregister, runtime, self.tensor)
 
 
 def copy_parts(layers: Mapping[str, Parts], layout: GroupLayout, block: Tensor) -> None:
@@ -157,5 +159,6 @@ def group_of_layer(groups: Sequence[Sequence[str]]) -> dict[str, int]:
 
 
 def _unregister(runtime: Any, tensor: Tensor) -> None:
-    """`tensor` is here so that its memory is there until now."""
+    """`tensor` is here so that its memory is there until now. A copy from it may still be on its way."""
+    torch.cuda.synchronize()
     runtime.cudaHostUnregister(tensor.data_ptr())

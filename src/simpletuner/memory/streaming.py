@@ -144,6 +144,8 @@ class Streamer:
             _Slot(size_bytes, device, needs_staging=store.block(0) is None)
             for _ in range(NUM_SLOTS_AHEAD if self._ahead else 1)
         ]
+        for slot in self._slots:
+            self._copier.claim(slot)
         self._current: _Slot | None = None
         self._begins = False  # a pass has begun and used nothing yet
         self.counts = StreamCounts()
@@ -260,7 +262,13 @@ class _Copier:
         reads = ahead and store.block(0) is None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="offload") if reads else None
 
+    def claim(self, slot: _Slot) -> None:
+        """The slot's memory may be taken for something else only when the last copy into it is through."""
+        if self._stream is not None:
+            slot.buffer.record_stream(self._stream)
+
     def begin(self, slot: _Slot, group: int) -> None:
+        """Copy the group into the slot, from now on or at once."""
         if self._thread is not None:
             slot.filling = self._thread.submit(self._copy, slot, group)
         else:
