@@ -62,6 +62,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "fp32 base": {"base_model_default_dtype": "fp32"},
     "no checkpointing": {"gradient_checkpointing": False},
     "interval": {"gradient_checkpointing_interval": 2},
+    "auto": {"gradient_checkpointing_interval": "auto", "gradient_checkpointing_budget": 4},
+    "inputs": {"gradient_checkpointing_offload": True},
     "tiling": {"vae_enable_tiling": True},
     "slicing": {"vae_enable_slicing": True},
     "vae_dtype": {"vae_dtype": "fp32"},
