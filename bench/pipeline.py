@@ -84,7 +84,7 @@ def save_images(folder: Path, count: int, side_px: int = 256) -> None:
     for index in range(count):
         image = Image.new("RGB", (side_px, side_px), COLOURS[index % len(COLOURS)])
         draw = ImageDraw.Draw(image)
-        for ring in range(8):
+        for ring in range(min(8, side_px // 32)):
             inset = 4 + 12 * ring + index
             draw.ellipse((inset, inset, side_px - inset, side_px - inset), fill=COLOURS[(index + ring) % len(COLOURS)])
         image.save(folder / f"image_{index:02}.png")

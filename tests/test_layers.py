@@ -22,14 +22,15 @@ LAYERS: dict[str, set[str]] = {
     "catalog": BASE,
     "hardware": BASE,
     "config": BASE | {"events", "catalog", "hardware"},
+    "planner": BASE | {"events", "catalog", "hardware", "config"},
 }
 L2 = ("data", "models", "adapters", "optim", "memory", "quant")
 LAYERS |= {folder: BASE | {"events", "catalog"} for folder in L2}
 LAYERS["validation"] = BASE | {"events", "catalog", "hardware", "config", *L2}
-LAYERS["train"] = LAYERS["validation"] | {"validation"}
+LAYERS["train"] = LAYERS["validation"] | {"validation", "planner"}
 LAYERS["cli"] = LAYERS["train"] | {"train"}
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL"}
-NO_HEAVY_IMPORTS = ("problems", "i18n", "__init__", "events", "catalog", "hardware", "config")
+NO_HEAVY_IMPORTS = ("problems", "i18n", "__init__", "events", "catalog", "hardware", "config", "planner")
 STDLIB_ONLY = ("problems", "i18n", "__init__", "events", "catalog", "hardware")
 
 

@@ -12,8 +12,7 @@ from simpletuner.config.root import Config
 from simpletuner.config.sections.optimizer import OptimizerSection
 from simpletuner.config.sections.run import RunSection
 from simpletuner.i18n import LANGUAGES, catalog, render_problem
-from simpletuner.problems import ConfigError, ExitCode, Problem, SimpletunerError
-from simpletuner.train import run as run_module
+from simpletuner.problems import ConfigError, Problem
 from simpletuner.train.build import lora_info, lora_settings
 from simpletuner.train.device import choose_compute, choose_device
 from simpletuner.train.run import config_hash
@@ -86,24 +85,6 @@ def test_half_precision_is_used_only_where_it_is_fast():
     assert all(override.reason in catalog(language) for language in LANGUAGES)
     compute, override = choose_compute(device, mixed_precision="no", base_model_default_dtype="bf16")
     assert (compute.weights, compute.autocast, override) == (torch.float32, None, None)
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_a_full_gpu_ends_with_remedies_and_its_own_exit_code(tmp_path, monkeypatch, language):
-    def full(self):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    class Recorder:
-        directory = type("Directory", (), {"path": tmp_path})
-
-    monkeypatch.setattr(run_module._Run, "__init__", lambda self, *args, **kwargs: None)
-    monkeypatch.setattr(run_module._Run, "carry_out", full)
-    with pytest.raises(SimpletunerError) as caught:
-        run_module.train(None, None, run=Recorder, stop=None)
-    assert caught.value.exit_code == ExitCode.OUT_OF_MEMORY
-    title, hint = render_problem(caught.value.problems[0], language)
-    assert "CUDA out of memory" in title
-    assert "gradient_checkpointing" in hint
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

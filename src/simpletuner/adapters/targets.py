@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
+from simpletuner.catalog.modules import is_target
 from simpletuner.problems import ConfigError, Problem
 
 
@@ -33,7 +33,7 @@ def match_targets(names: Sequence[str], targets: Iterable[str], *, path: str) ->
     chosen: set[str] = set()
     problems = []
     for target in targets:
-        matched = [name for name in names if _matches(name, target)]
+        matched = [name for name in names if is_target(name, target)]
         chosen.update(matched)
         if not matched:
             near = ", ".join(_near(names, target))
@@ -41,10 +41,6 @@ def match_targets(names: Sequence[str], targets: Iterable[str], *, path: str) ->
     if problems:
         raise ConfigError(problems)
     return tuple(name for name in names if name in chosen)
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target) or ("*" in target and fnmatchcase(name, target))
 
 
 def _near(names: Sequence[str], target: str, count: int = 6) -> list[str]:

@@ -65,7 +65,9 @@ def _show(words: list[str], language: str) -> int:
     as_json, words = _take("--json", words)
     with_origin, words = _take("--origin", words)
     only_changed, words = _take("--changed", words)
-    loaded = _load(words, check_folders=False)
+    from simpletuner.planner.choose import planned
+
+    loaded = planned(_load(words, check_folders=False)).loaded
     if as_json:
         print(effective_json(loaded), end="")
         return 0

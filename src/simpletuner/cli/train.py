@@ -12,13 +12,17 @@ from pathlib import Path
 from simpletuner import __version__
 from simpletuner.cli.help import print_train_help
 from simpletuner.config.effective import effective_json
+from simpletuner.config.env import state_folder
 from simpletuner.config.load import LoadedConfig, load_run_config
 from simpletuner.config.paths import shown_path
 from simpletuner.events.console import choose_format, console_sink
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.run_status import RunInfo
 from simpletuner.events.signals import StopRequest
+from simpletuner.events.types import SettingOverridden
 from simpletuner.i18n import text
+from simpletuner.planner.choose import planned
+from simpletuner.planner.records import FILE_NAME
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "safetensors")
 
@@ -28,7 +32,8 @@ def run(argv: Sequence[str], language: str) -> int:
     if print_train_help(argv, language):
         return 0
     own, options = _own_parser().parse_known_args(list(argv))
-    loaded = load_run_config(options, environ=os.environ, cwd=Path.cwd())
+    plan = planned(load_run_config(options, environ=os.environ, cwd=Path.cwd()))
+    loaded = plan.loaded
     log_format = choose_format(own.log_format, is_terminal=sys.stderr.isatty(), environ=os.environ)
     info = RunInfo(
         version=__version__,
@@ -48,6 +53,15 @@ def run(argv: Sequence[str], language: str) -> int:
             stop=stop,
         ) as recorder,
     ):
+        for choice in plan.choices:
+            recorder.emit(
+                SettingOverridden(
+                    option=choice.option,
+                    requested=choice.before,
+                    used=choice.after,
+                    reason="override.memory_plan",
+                )
+            )
         return _train(loaded, recorder, stop, language)
 
 
@@ -62,7 +76,9 @@ def _train(loaded: LoadedConfig, recorder: RunRecorder, stop: StopRequest, langu
     def heading(step: int) -> str:
         return text("sheet.step", language, step=step) if step else text("sheet.base", language)
 
-    return int(train(loaded, start, run=recorder, stop=stop, headings=heading).exit_code)
+    measurements = state_folder(os.environ) / FILE_NAME
+    outcome = train(loaded, start, run=recorder, stop=stop, headings=heading, measurements=measurements)
+    return int(outcome.exit_code)
 
 
 def _own_parser() -> argparse.ArgumentParser:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
+from simpletuner.config.paths import expand_home
 from simpletuner.problems import ConfigError, Problem
 
 EXTRA_ARGUMENTS = "TRAINER_EXTRA_ARGS"
@@ -68,8 +70,18 @@ ENVIRONMENT_NAMES = ("SIMPLETUNER_ENVIRONMENT", "SIMPLETUNER_ENV", "ENV")
 BACKEND_NAMES = ("SIMPLETUNER_CONFIG_BACKEND", "CONFIG_BACKEND", "CONFIG_TYPE")
 CONFIG_PATH_NAME = "CONFIG_PATH"
 
+STATE_DIR_NAME = "SIMPLETUNER_STATE_DIR"
+
 _ASSIGNMENT = re.compile(r"(?:export[ \t]+)?([A-Za-z_][A-Za-z0-9_]*)(\+?=)")
 _REFERENCE = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+
+
+def state_folder(environ: Mapping[str, str]) -> Path:
+    """Where the program keeps what it learns about this machine: SIMPLETUNER_STATE_DIR, or the system's usual place."""
+    for name, below in ((STATE_DIR_NAME, ""), ("XDG_STATE_HOME", "simpletuner"), ("LOCALAPPDATA", "simpletuner")):
+        if environ.get(name):
+            return Path(environ[name]) / below
+    return expand_home("~/.local/state/simpletuner")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def place_of(names: tuple[str, ...], origins: Origins) -> str | None:
 
 def was_set(name: str, origins: Origins) -> bool:
     """Whether somebody gave the option a value."""
-    return origins[name].kind not in (OriginKind.DEFAULT, OriginKind.FLAVOUR)
+    return origins[name].kind not in (OriginKind.DEFAULT, OriginKind.FLAVOUR, OriginKind.PLAN)
 
 
 def was_changed(c: Config, name: str, origins: Origins) -> bool:

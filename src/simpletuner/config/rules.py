@@ -19,6 +19,7 @@ from simpletuner.config.precision_rules import PRECISION_RULES
 from simpletuner.config.root import Config
 from simpletuner.config.rule import Origins, Rule, limit, place_of, rule, short_fix, was_changed
 from simpletuner.config.size_rules import GLOBAL_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
+from simpletuner.config.sizes import is_bytes
 from simpletuner.problems import Fix, Problem, Severity
 
 _WARNING = Severity.WARNING
@@ -286,6 +287,13 @@ def _beyond(name: str, value: object, instead: object) -> Problem:
 def _unused(name: str, value: str) -> Problem:
     """The run is the same without it: say so and go on."""
     return Problem(code="W-NOT-YET-OTHER", severity=_WARNING, params={"keys": f"{name} = {value}"})
+
+
+@rule("fit")
+def fit_is_a_size(c: Config, origins: Origins) -> Problem | None:
+    if c.memory.fit is None or is_bytes(c.memory.fit):
+        return None
+    return Problem(code="E-FIT-SIZE", params={"value": c.memory.fit}, fixes=(Fix(key="fit", value="10GB"),))
 
 
 def _all_rules() -> Iterator[Rule]:

@@ -11,6 +11,7 @@ class OriginKind(str, Enum):
 
     DEFAULT = "default"
     FLAVOUR = "flavour"
+    PLAN = "plan"
     FILE = "file"
     ENVIRONMENT = "environment"
     FLAG = "flag"

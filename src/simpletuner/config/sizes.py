@@ -56,3 +56,25 @@ def _parse_one(part: str) -> tuple[int, int]:
 
 def _refuse(part: str) -> tuple[tuple[int, int], ...]:
     raise ValueError(part)
+
+
+_BYTES = re.compile(r"(\d+(?:[.,]\d+)?)\s*(|[kmgt]i?b?)", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """ "10GB", "9.5 GiB", "800 MB"; a number alone is gigabytes. Raises ValueError for anything else."""
+    found = _BYTES.fullmatch(text.strip())
+    if found is None or float(found[1].replace(",", ".")) <= 0:
+        raise ValueError(text)
+    unit = (found[2] or "gb").lower()
+    step = 1024 if "i" in unit else 1000
+    return int(float(found[1].replace(",", ".")) * step ** ("kmgt".index(unit[0]) + 1))
+
+
+def is_bytes(text: str) -> bool:
+    """Whether `parse_bytes` understands the text."""
+    try:
+        parse_bytes(text)
+    except ValueError:
+        return False
+    return True

@@ -24,7 +24,7 @@ STEPS_PER_LINE = 10
 SECONDS_PER_LINE = 30.0
 NOTABLE_S = 0.05
 SILENT_PHASES = frozenset({"train", "validation", "checkpoint"})  # their own events say it
-_BANNER_ROWS = ("model", "data", "precision", "device", "plan", "output")
+_BANNER_ROWS = ("model", "data", "precision", "device", "estimate", "plan", "output")
 
 Icon: TypeAlias = Literal["", "ok", "warning", "error", "saved", "images", "stop"]
 
@@ -113,10 +113,10 @@ class Narrator:
 
     @_lines.register
     def _(self, event: t.RunPlanned) -> list[Line]:
-        rows = _banner(event, self._output_dir, self._language)
-        labels = [text(f"console.banner.{row}", self._language) for row in _BANNER_ROWS]
-        width = max(map(len, labels))
-        return [Line(text=row, label=f"  {label:{width}}  ") for label, row in zip(labels, rows, strict=True)]
+        rows = dict(zip(_BANNER_ROWS, _banner(event, self._output_dir, self._language), strict=True))
+        labels = {name: text(f"console.banner.{name}", self._language) for name in _BANNER_ROWS}
+        width = max(map(len, labels.values()))
+        return [Line(text=row, label=f"  {labels[name]:{width}}  ") for name, row in rows.items() if row]
 
     @_lines.register
     def _(self, event: t.RunPhase) -> list[Line]:
@@ -199,6 +199,17 @@ class Narrator:
         key = "console.weights" if event.final else "console.checkpoint"
         size = formats.size(event.bytes, self._language)
         return [Line(text=text(key, self._language, step=event.step, path=event.path, size=size), icon="saved")]
+
+    @_lines.register
+    def _(self, event: t.MemoryMeasured) -> list[Line]:
+        peak = event.device_bytes if event.device_bytes is not None else event.host_bytes
+        if event.phase != "training" or peak is None:
+            return []
+        values = {"size": formats.size(peak, self._language)}
+        if event.estimated_bytes is None:
+            return [Line(text=text("console.memory", self._language, **values))]
+        values["expected"] = formats.size(event.estimated_bytes, self._language)
+        return [Line(text=text("console.memory.estimated", self._language, **values))]
 
     @_lines.register
     def _(self, event: t.ValidationFinished) -> list[Line]:
@@ -310,7 +321,7 @@ def known_text(key: str, language: str, params: Mapping[str, object], *, fallbac
 
 
 def _banner(plan: t.RunPlanned, output_dir: str, language: str) -> list[str]:
-    """The rows of _BANNER_ROWS."""
+    """The rows of _BANNER_ROWS; an empty one is left out."""
     device = plan.device_name if plan.device == "cpu" else f"{plan.device_name} ({plan.device})"
     if plan.memory_total_bytes:
         device += f" · {formats.size(plan.memory_total_bytes, language)}"
@@ -335,9 +346,20 @@ def _banner(plan: t.RunPlanned, output_dir: str, language: str) -> list[str]:
         " · ".join(data),
         " · ".join([plan.precision, *checkpointing]),
         device,
+        _estimate(plan, language),
         " · ".join(steps),
         output_dir,
     ]
+
+
+def _estimate(plan: t.RunPlanned, language: str) -> str:
+    """Memory at its height and time, as far as they are estimated."""
+    if plan.estimated_bytes is None or plan.estimate_source is None:
+        return ""
+    source = text(f"console.estimate.{plan.estimate_source}", language)
+    told = text("console.estimated", language, size=formats.size(plan.estimated_bytes, language), source=source)
+    seconds = plan.estimated_seconds
+    return told if seconds is None else f"{told} · ≈ {formats.rounded_duration(round_remaining(seconds))}"
 
 
 def _ending(event: t.RunFinished, resumed: t.RunResumed | None, language: str) -> Line:

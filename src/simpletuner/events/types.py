@@ -75,6 +75,9 @@ class RunPlanned(Event):
     gradient_checkpointing: bool = False
     memory_total_bytes: int | None = None  # of the device
     memory_free_bytes: int | None = None
+    estimated_bytes: int | None = None  # peak of the device, or of main memory on a CPU
+    estimated_seconds: float | None = None  # of the whole run
+    estimate_source: Literal["computed", "corrected", "measured"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +258,18 @@ class CheckpointDeleted(Event):
     path: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemoryMeasured(Event):
+    """What one phase of the session took at its height. Sent when training ends, once for each phase."""
+
+    name: ClassVar[str] = "memory.measured"
+    phase: str  # "prompts", "latents", "load", "training", "validation"
+    host_bytes: int | None = None  # resident memory of the process
+    device_bytes: int | None = None  # what the allocator held of the GPU
+    allocated_bytes: int | None = None  # of these, what tensors took
+    estimated_bytes: int | None = None  # of the device, of main memory on a CPU, as it was estimated
+
+
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +341,7 @@ EVENTS: Mapping[str, type[Event]] = MappingProxyType(
             StepFinished,
             CheckpointSaved,
             CheckpointDeleted,
+            MemoryMeasured,
             ValidationStarted,
             ValidationImage,
             ValidationFinished,

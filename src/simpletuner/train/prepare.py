@@ -17,6 +17,7 @@ from simpletuner.data.latents import LatentSource, LatentStore, cache_latents
 from simpletuner.data.prompts import PromptSource, PromptStore, cache_prompts
 from simpletuner.data.records import Plan
 from simpletuner.events.run_directory import RunRecorder
+from simpletuner.hardware.process_memory import return_free_memory
 from simpletuner.memory.module_swap import apply_module_swap
 from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.text import encoder_id, load_prompt_encoder
@@ -177,7 +178,8 @@ def vae_dtype(config: Config, compute: Compute) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what a model that is gone had taken on the device."""
+    """Give back what a model that is gone had taken, on the device and in main memory."""
     gc.collect()  # modules that refer to themselves would otherwise stay for a while
+    return_free_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -23,7 +23,7 @@ from simpletuner.data.records import Plan
 from simpletuner.data.sampler import Sampler
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
-from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, ProblemReported, RunPlanned
+from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, Event, ProblemReported, RunPlanned
 from simpletuner.models.hub import Download
 from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
@@ -31,7 +31,9 @@ from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.optim.schedules import schedule_problems
 from simpletuner.optim.settings import state_layout
 from simpletuner.optim.state import averaged_weights, optimizer_state, restore_optimizer_
-from simpletuner.problems import ConfigError, ExitCode, Problem, Severity, SimpletunerError
+from simpletuner.planner.estimate import Estimate
+from simpletuner.problems import ConfigError, ExitCode, Severity, SimpletunerError
+from simpletuner.train.account import Account
 from simpletuner.train.build import (
     Training,
     build_training,
@@ -52,7 +54,8 @@ from simpletuner.train.device import Compute, choose_compute, choose_device, dev
 from simpletuner.train.images import Validator
 from simpletuner.train.loop import Ending, LoopSettings, run_loop
 from simpletuner.train.offload import announce_offload
-from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache
+from simpletuner.train.oom import is_out_of_memory, out_of_memory
+from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache, free_memory
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.start import Start
 from simpletuner.train.step import MicroBatch, StepResult, train_step
@@ -76,23 +79,25 @@ def train(
     run: RunRecorder,
     stop: StopRequest,
     headings: Callable[[int], str] = "step {}".format,
+    measurements: Path | None = None,
 ) -> Outcome:
     """Train as `loaded` says from `start` on, in the directory of `run`, and finish `run`.
 
     Args:
         stop: polled between steps; its signal handlers are installed by the caller.
         headings: step -> heading of its column in the contact sheet; step 0 is the base model.
+        measurements: the file to which what the run took is added, see `planner.records`; None: none.
     Raises:
         SimpletunerError: whatever the user can mend.
         KeyboardInterrupt: asked to leave before there was anything to save.
     """
+    parts = _Run(loaded, start, run=run, stop=stop, headings=headings, measurements=measurements)
     try:
-        outcome = _Run(loaded, start, run=run, stop=stop, headings=headings).carry_out()
-    except torch.OutOfMemoryError as error:
-        first_line = str(error).split(". ")[0]
-        raise SimpletunerError(
-            Problem(code="E-OUT-OF-MEMORY", params={"reason": first_line}), ExitCode.OUT_OF_MEMORY
-        ) from error
+        outcome = parts.carry_out()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise parts.out_of_memory(error) from error
     if outcome.exit_code is ExitCode.OK:
         run.finish(output=outcome.weights.name if outcome.weights else None)
     else:
@@ -112,7 +117,9 @@ class _Run:
         run: RunRecorder,
         stop: StopRequest,
         headings: Callable[[int], str],
+        measurements: Path | None,
     ) -> None:
+        self._measurements = measurements
         self._loaded = loaded
         self._start = start
         self._config = start.config
@@ -120,6 +127,13 @@ class _Run:
         self._run = run
         self._stop = stop
         self._headings = headings
+        self._account: Account | None = None
+
+    def out_of_memory(self, error: BaseException) -> SimpletunerError:
+        """What to tell of a run that found no memory."""
+        if self._account is None:
+            return out_of_memory(error, None, phase="start")
+        return out_of_memory(error, self._account.expected(), phase=self._account.meter.phase)
 
     def carry_out(self) -> Outcome:
         config, run, start = self._config, self._run, self._start
@@ -131,7 +145,19 @@ class _Run:
             start_step = self._check_checkpoint(checkpoint, recipe)
             files, assistant_file = self._find_model()
             announce_offload(config.memory, files.transformer, compute, run)
-            self._announce(plan, sampler, compute, requests, start_step=start_step, total_steps=total_steps)
+            account = Account(config, self._loaded.datasets, device=compute.device, records=self._measurements)
+            self._account = account
+            account.look_at(plan, total_steps)
+            self._announce(
+                plan,
+                sampler,
+                compute,
+                requests,
+                account.expected(),
+                start_step=start_step,
+                total_steps=total_steps,
+            )
+            account.meter.enter("prompts")
             prompts = fill_prompt_cache(
                 self._all_prompts(plan, requests),
                 config=config,
@@ -141,9 +167,13 @@ class _Run:
                 run=run,
             )
             vae = Vae(config, files=files, compute=compute, run=run)
+            account.meter.enter("latents")
             latents = fill_latent_cache(
                 plan, config=config, datasets=self._loaded.datasets, files=files, vae=vae, compute=compute, run=run
             )
+            account.look_at(plan, total_steps, lambda prompt: len(prompts.get(prompt)))
+            account.before_model()
+            account.meter.enter("load")
             training = build_training(
                 config, files=files, assistant_file=assistant_file, prompts=prompts, compute=compute, run=run
             )
@@ -160,6 +190,7 @@ class _Run:
                 training.load_adapter_state(dict(load_adapter(checkpoint)))
                 state = load_optimizer_state(checkpoint)
                 restore_optimizer_(training.optimizer, state, name=config.optimizer.optimizer)
+            account.meter.enter("validation")
             validator.show_base()
             if start_step and config.validation.validation_on_startup:
                 validator.show(start_step)
@@ -170,15 +201,28 @@ class _Run:
             device=compute.device,
             prefetch=config.data.dataloader_prefetch_qlen if config.data.dataloader_prefetch else 0,
         )
+
+        def validate(step: int) -> None:
+            with account.meter.within("validation"):
+                validator.show(step)
+
+        def emit(event: Event) -> None:
+            account.step_done(event)
+            run.emit(event)
+
+        free_memory(compute.device)  # what reading and quantising the model left behind
+        account.meter.enter("training")
         ending, step = run_loop(
             batches,
             settings=self._loop_settings(sampler, start_step=start_step, total_steps=total_steps),
             update=lambda micro, rate: self._update(training, micro, rate),
             save=lambda step: self._save(training, recipe, step),
-            validate=validator.show,
+            validate=validate,
             steering=_Steering(run, self._stop),
-            emit=run.emit,
+            emit=emit,
         )
+        for measured in account.close():
+            run.emit(measured)
         if ending is Ending.STOPPED:
             return Outcome(exit_code=ExitCode.STOPPED, step=step, sheet=validator.sheet)
         if ending is Ending.ABANDONED:
@@ -260,6 +304,7 @@ class _Run:
         sampler: Sampler,
         compute: Compute,
         requests: Sequence[ImageRequest],
+        expected: Estimate,
         *,
         start_step: int,
         total_steps: int,
@@ -289,6 +334,9 @@ class _Run:
                 gradient_checkpointing=config.memory.gradient_checkpointing,
                 memory_total_bytes=total,
                 memory_free_bytes=free,
+                estimated_bytes=expected.deciding.num_bytes,
+                estimated_seconds=expected.time.total_s,
+                estimate_source=expected.deciding.source,
             )
         )
 

@@ -1,0 +1,44 @@
+"""Names of Z-Image's modules, as patterns: what a LoRA adapts, what is never quantised. Standard library only.
+
+A pattern is a full name in which `*` stands for the number of a block: "layers.*.attention.to_q".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+
+ATTENTION_LINEARS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+MLP_LINEARS = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+MODULATION = "adaLN_modulation.0"
+
+_ATTENTION = tuple(f"layers.*.{name}" for name in ATTENTION_LINEARS)
+_MLP = tuple(f"layers.*.{name}" for name in MLP_LINEARS)
+_REFINERS = tuple(f"{s}.*.{n}" for s in ("noise_refiner", "context_refiner") for n in ATTENTION_LINEARS + MLP_LINEARS)
+_MODULATIONS = (f"layers.*.{MODULATION}", f"noise_refiner.*.{MODULATION}")
+_ENDS = (
+    "t_embedder.mlp.0",
+    "t_embedder.mlp.2",
+    "cap_embedder.1",
+    "all_x_embedder.2-1",
+    "all_final_layer.2-1.linear",
+    "all_final_layer.2-1.adaLN_modulation.1",
+)
+
+LORA_TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attention": _ATTENTION,
+        "attention+mlp": _ATTENTION + _MLP,
+        "all": _ATTENTION + _MLP + _REFINERS + _MODULATIONS + _ENDS,
+    }
+)
+"""Value of lora_targets -> patterns."""
+
+NEVER_QUANTISED = _MODULATIONS + _ENDS
+"""Small, and every token or every step passes through them."""
+
+
+def is_target(name: str, target: str) -> bool:
+    """Whether `target` stands for the module: its full name, an ending at a dot ("to_q"), or a pattern."""
+    return name == target or name.endswith("." + target) or ("*" in target and fnmatchcase(name, target))
