@@ -157,7 +157,9 @@ def check_command(words: list[str]) -> None:
     elif command == "config" and rest[:1] == ["explain"]:
         assert all(explain(word, "en") for word in rest[1:]), words
     elif rest and rest != ["--help"]:
-        check_options(rest if command == "train" else check_config_action(rest))
+        if command == "estimate":
+            rest = [word for word in rest if word != "--json"]
+        check_options(check_config_action(rest) if command == "config" else rest)
 
 
 def check_config_action(words: list[str]) -> list[str]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from simpletuner.catalog.gpus import GPUS, gpu_named
-from simpletuner.hardware.space import free_disk, gpu_memory, main_memory
 from simpletuner.hardware.process_memory import peak_bytes, reset_peak, resident_bytes, return_free_memory
+from simpletuner.hardware.space import free_disk, gpu_memory, main_memory
 
 
 def test_main_memory_and_disk(tmp_path):

@@ -62,14 +62,14 @@ def test_large_cards_recompute_nothing_and_small_ones_quantise(load_example):
 
 
 def test_what_the_user_set_stays(load_example):
-    loaded = load_example(EXAMPLE, "--fit=9GB", "--base_model_precision=no_change", "--gradient_checkpointing=true")
+    loaded = load_example(EXAMPLE, "--fit=2GB", "--base_model_precision=no_change", "--gradient_checkpointing=true")
     plan = planned(loaded, card(80))
     assert plan.loaded.config.memory.base_model_precision == "no_change"
     assert plan.fits is False
     (problem,) = (p for p in plan.loaded.warnings if p.code == "W-PLAN-TOO-SMALL")
     for language in LANGUAGES:
         title, hint = render_problem(problem, language)
-        assert "9.0 GB" in title
+        assert "2.0 GB" in title
         assert "resolution" in (hint or "")
 
 

@@ -123,7 +123,7 @@ def ladder(plan: PlanInput, fixed: dict[str, object]) -> Iterator[Rung]:
         is_whole = name == "no_change" and len(formats) > 1  # halved weights are quicker than whole ones that travel
         if _SWAP in options() and _SWAP not in fixed and plan.device == "cuda" and not is_whole:
             for share in _SHARES if PRECISIONS[name].offloadable else ():
-                swapped = round(share * plan.sizes.transformer.n_layers)
+                swapped = round(share * (plan.sizes.transformer.n_layers - 1))
                 yield Rung(precision=name, interval=intervals[-1], swapped=swapped)
 
 

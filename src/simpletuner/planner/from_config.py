@@ -13,8 +13,8 @@ from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset
 from simpletuner.config.root import Config
-from simpletuner.hardware.space import GpuSpace, Space, gpu_memory, main_memory
 from simpletuner.hardware.probe import device_type
+from simpletuner.hardware.space import GpuSpace, Space, gpu_memory, main_memory
 from simpletuner.planner.inputs import Adapter, DeviceKind, Offload, Picture, PlanInput
 from simpletuner.planner.sizes import ModelSizes, read_sizes
 

@@ -51,7 +51,7 @@ def _changes(plan: PlanInput) -> Iterator[tuple[Fix, PlanInput]]:
     for name in smaller_formats(plan.text_precision.bits):
         yield Fix(key="text_encoder_precision", value=name), replace(plan, text_precision=PRECISIONS[name])
     if _STREAMING in options() and not plan.offload.blocks and plan.device != "cpu" and plan.precision.offloadable:
-        blocks = plan.sizes.transformer.n_layers
+        blocks = plan.sizes.transformer.n_layers + 2 * plan.sizes.transformer.n_refiner_layers
         yield Fix(key=_STREAMING, value=True), replace(plan, offload=Offload(blocks=blocks, overlap=True))
     if plan.train.count > 1:
         yield Fix(key="train_batch_size", value=1), replace(plan, train=replace(plan.train, count=1), is_mixed=False)

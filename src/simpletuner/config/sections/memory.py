@@ -12,8 +12,9 @@ from simpletuner.config.fields import Opt, Section
 
 class MemorySection(Section):
     memory_plan: Annotated[Literal["off", "auto"], Opt(level="basic")] = "off"
-    """auto chooses base_model_precision, text_encoder_precision and gradient checkpointing so that the run fits into
-    the memory that is free, at the least cost in time and quality. What you set yourself stays."""
+    """auto chooses base_model_precision, text_encoder_precision, gradient checkpointing and how many blocks are
+    streamed so that the run fits into the memory that is free, at the least cost in time and quality. What you set
+    yourself stays."""
 
     fit: Annotated[str | None, Opt(level="basic", shown_default="what is free")] = None
     """The memory to plan for, such as 10GB: of the GPU, or main memory on a CPU. Switches memory_plan on."""
