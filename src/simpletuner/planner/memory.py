@@ -24,6 +24,7 @@ LATENTS_BUDGET_BYTES = 1 << 30  # of `data.latents.LatentStore`
 _BUCKET_ELEMENTS = {"cpu": 1 << 16}  # of `optim.bucketed`
 _DEVICE_BUCKET_ELEMENTS = 1 << 22
 _BROKEN_UP = 0.7  # of the holes of quantised weights, measured
+_MOST_BROKEN_UP = 4  # blocks: later ones fill the holes of earlier ones, measured
 _CPU_COPIES = {"nf4-bnb": 3}  # of a weight, while bitsandbytes looks its codes up
 _HEAP_TENSOR_BYTES = 32 << 20  # glibc's largest threshold of mapping
 _BUCKET_COPIES = 6  # moments, values and their roundings in float32
@@ -186,7 +187,7 @@ def _holes(plan: PlanInput) -> int:
         num_recomputed = sum(_is_recomputed(plan, index) for index in range(sizes.n_layers))
         num_keeping = sizes.n_layers - num_recomputed + (num_recomputed > 0)
         copies = _CPU_COPIES.get(plan.precision.name, 1)
-        holes += round(_BROKEN_UP * num_keeping * numbers * copies)
+        holes += round(_BROKEN_UP * min(num_keeping, _MOST_BROKEN_UP) * numbers * copies)
     return holes
 
 
