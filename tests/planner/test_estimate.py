@@ -96,6 +96,16 @@ def test_what_does_not_fit_is_said_with_what_would_help(monkeypatch, capsys, lan
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(("budget", "verdict"), [("10GB", "fits"), ("2GB", "does_not_fit")])
+def test_fit_is_what_it_must_fit_into_whatever_is_here(capsys, language, budget, verdict):
+    words = ["--example", "z-image-turbo.lora-16gb", "--device=cuda", "--fit", budget]
+    assert main(["estimate", *words, "--lang", language]) == 0
+    out = capsys.readouterr().out
+    assert text("estimate.device.fit", language, budget="").split(",")[0].strip() in out
+    assert text(f"estimate.verdict.{verdict}", language, needed="", free="").split(":")[0] in out
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 def test_what_is_close_is_said(monkeypatch, capsys, load_example, language):
     loaded = load_example("z-image-turbo.lora-24gb")
     needed = estimate(loaded.config, loaded.datasets, CARD).deciding.num_bytes

@@ -84,6 +84,8 @@ def _device_line(found: Estimate, language: str) -> str:
     space = found.space
     if space is None:
         return text("estimate.device.unknown", language, name=found.machine.name)
+    if found.budget_bytes is not None:
+        return text("estimate.device.fit", language, budget=formats.size(found.budget_bytes, language))
     values = {"name": found.machine.name, "total": formats.size(space.total_bytes, language)}
     return text("estimate.device", language, **values, free=formats.size(_free(space), language))
 

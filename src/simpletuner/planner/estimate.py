@@ -9,6 +9,7 @@ from typing import Literal
 
 from simpletuner.config.datasets import DatasetsConfig
 from simpletuner.config.root import Config
+from simpletuner.config.sizes import parse_bytes
 from simpletuner.hardware.space import Space
 from simpletuner.planner.blocks import adapter_params
 from simpletuner.planner.from_config import Machine, Observed, plan_input
@@ -61,7 +62,10 @@ class Time:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A run before it is started. `device` is None on a CPU, where `host` is everything. `disk`: part -> bytes."""
+    """A run before it is started. `device` is None on a CPU, where `host` is everything. `disk`: part -> bytes.
+
+    `budget_bytes`: what `fit` asks it to fit into, whatever this machine has.
+    """
 
     plan: PlanInput
     machine: Machine
@@ -72,6 +76,7 @@ class Estimate:
     time: Time
     num_params: int
     near: int = 0  # runs that corrected the computed figure
+    budget_bytes: int | None = None
 
     @property
     def deciding(self) -> Figure:
@@ -81,6 +86,8 @@ class Estimate:
     @property
     def space(self) -> Space | None:
         """Where it must fit."""
+        if self.budget_bytes is not None:
+            return Space(total_bytes=self.budget_bytes, free_bytes=self.budget_bytes)
         return self.machine.host if self.device is None else self.machine.device
 
     @property
@@ -125,6 +132,7 @@ def estimate(
         time=_time(config, plan, machine, records, kin, record, observed),
         num_params=adapter_params(plan, plan.adapter),
         near=sum(other.kin == kin for other in records),
+        budget_bytes=parse_bytes(config.memory.fit) if config.memory.fit else None,
     )
 
 
