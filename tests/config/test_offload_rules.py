@@ -83,6 +83,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "ramtorch percent": {"ramtorch": True, "ramtorch_transformer_percent": 50},
     "ramtorch text": {"ramtorch_text_encoder": True, "ramtorch_text_encoder_percent": 50},
     "ramtorch vae": {"ramtorch_vae": True},
+    "plan": {"memory_plan": "auto", "fit": "10GB"},
 }
 GROUP = {"group", "leaf", "pairs", "some blocks", "stream", "disk", "group text", "group vae"}
 RAMTORCH = {"ramtorch", "ramtorch targets", "ramtorch percent", "ramtorch text", "ramtorch vae"}

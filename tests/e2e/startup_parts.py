@@ -11,7 +11,7 @@ import weakref
 from pathlib import Path
 
 from simpletuner.cli.main import main
-from simpletuner.train import build, prepare
+from simpletuner.train import load, prepare
 
 loaded: list[tuple[str, list[str]]] = []
 storages: dict[str, list[weakref.ref[object]]] = {}
@@ -19,12 +19,12 @@ storages: dict[str, list[weakref.ref[object]]] = {}
 
 def watch(module: object, name: str, part: str) -> None:
     """Count a part as there while any of its tensors' memory is."""
-    load = getattr(module, name)
+    original = getattr(module, name)
 
     def watched(*args: object, **kwargs: object) -> object:
         alive = [other for other, refs in storages.items() if any(ref() is not None for ref in refs)]
         loaded.append((part, alive))
-        result = load(*args, **kwargs)
+        result = original(*args, **kwargs)
         tensors = getattr(result, "model", result).state_dict().values()
         storages[part] = [weakref.ref(tensor.untyped_storage()) for tensor in tensors]
         return result
@@ -34,7 +34,7 @@ def watch(module: object, name: str, part: str) -> None:
 
 watch(prepare, "load_prompt_encoder", "text encoder")
 watch(prepare, "load_latent_codec", "vae")
-watch(build, "load_transformer", "transformer")
+watch(load, "load_transformer", "transformer")
 code = main(sys.argv[2:])
 Path(sys.argv[1]).write_text(json.dumps(loaded))
 sys.exit(code)

@@ -81,22 +81,6 @@ def test_with_adapters_in_some_layers_and_dropout(targets, settings, dropout):
     assert_as_without(Case(settings=SETTINGS[settings], every=1, targets=targets, dropout=dropout))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-@pytest.mark.parametrize("settings", ["blocks", "leaves"])
-def test_with_compiled_blocks(settings):
-    """What torch.compile cannot look into, it leaves as it is."""
-    results = []
-    for chosen in (None, SETTINGS[settings]):
-        torch._dynamo.reset()
-        streamed = build(Case(settings=chosen))
-        for block in streamed.model.layers:
-            block.compile(backend="eager")
-        results.append(step(streamed, 0))
-    torch._dynamo.reset()
-    assert_same_bits(*results)
-
-
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("settings", ["blocks", "pairs", "leaves"])
 def test_from_disk(tmp_path, settings, ahead):
