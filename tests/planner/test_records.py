@@ -73,9 +73,12 @@ def test_the_newest_of_equals_counts():
     records = (RECORD, replace(RECORD, step_s=3.0), replace(RECORD, key="other"))
     assert newest(records, "k").step_s == 3.0
     assert newest(records, "none") is None
-    assert runtime_bytes(records, "GPU") == 7
-    assert runtime_bytes(records, "CPU") is None
-    assert measured_rate((RECORD,), "GPU", "b") == 25.0
+    assert runtime_bytes(records, "GPU", "a") == 7
+    assert runtime_bytes((replace(RECORD, kin=""),), "GPU", "b") == 7
+    assert runtime_bytes(records, "GPU", "b") is None
+    assert runtime_bytes(records, "CPU", "a") is None
+    assert measured_rate((RECORD,), "GPU", "a") == 25.0
+    assert measured_rate((RECORD,), "GPU", "b") is None
     assert measured_rate((RECORD,), "CPU", "a") is None
 
 

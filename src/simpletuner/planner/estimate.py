@@ -117,11 +117,11 @@ def estimate(
     asked = plan_input(config, datasets, machine)
     plan = asked if observed is None else plan_input(config, datasets, machine, observed=observed)
     known = RUNTIMES[plan.device]
-    host_bytes = runtime_bytes(records, machine.name)
+    kin = plan_kin(asked, machine.name)
+    host_bytes = runtime_bytes(records, machine.name, kin)
     runtime = known if host_bytes is None else replace(known, host_bytes=host_bytes)
     memory = estimate_memory(plan, runtime=runtime)
     record = newest(records, plan_key(asked, machine.name))
-    kin = plan_kin(asked, machine.name)
     return Estimate(
         plan=plan,
         machine=machine,

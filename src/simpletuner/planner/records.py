@@ -101,18 +101,20 @@ def correction(records: Iterable[Measurement], kin: str, phase: str) -> float | 
 
 
 def measured_rate(records: Sequence[Measurement], device: str, kin: str) -> float | None:
-    """Operations per second that training steps reached on a device: of the newest run of the same kin, else of the
-    newest run of all."""
-    timed = [record for record in records if record.device == device and record.step_s and record.step_flops]
-    same = [record for record in timed if record.kin == kin]
-    found = next(iter(reversed(same or timed)), None)
-    return None if found is None else (found.step_flops or 0.0) / (found.step_s or 1.0)
+    """Operations per second that training steps reached on a device, of the newest run of this kin. Other models and
+    number formats reach other rates."""
+    alike = (record for record in reversed(records) if record.device == device and record.kin == kin)
+    return next((record.step_flops / record.step_s for record in alike if record.step_s and record.step_flops), None)
 
 
-def runtime_bytes(records: Sequence[Measurement], device: str) -> int | None:
-    """Main memory before any model, as the newest run on that device had it."""
-    found = (r.runtime_host_bytes for r in reversed(records) if r.device == device and r.runtime_host_bytes)
-    return next(found, None)
+def runtime_bytes(records: Sequence[Measurement], device: str, kin: str) -> int | None:
+    """Main memory of the program without a model, as the newest run of this kin on that device had it.
+
+    Other runs do not tell: with warm caches and without images, half of what is imported is missing. The record of a
+    run that is under way has no kin, and holds.
+    """
+    alike = (r for r in reversed(records) if r.device == device and r.kin in (kin, ""))
+    return next((r.runtime_host_bytes for r in alike if r.runtime_host_bytes), None)
 
 
 def _parsed(line: str) -> Measurement | None:
