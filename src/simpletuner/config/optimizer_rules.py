@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from simpletuner.catalog.optimizers import ANY_DEVICE, OPTIMIZERS, REFUSED_OPTIMIZERS
 from simpletuner.catalog.schedules import SCHEDULES
@@ -54,11 +54,7 @@ def optimizer_reads_what_is_set(c: Config, origins: Origins) -> Problem | None:
         "optimizer_beta2": bool(optimizer.betas),
         "adam_epsilon": optimizer.epsilon,
     }
-    unread = [name for name, is_read in reads.items() if not is_read and was_changed(c, name, origins)]
-    if not unread:
-        return None
-    params = {"unread": ", ".join(unread), "optimizer": optimizer.name}
-    return Problem(code="W-OPTIMIZER-UNREAD", severity=_WARNING, params=params, path=f"/{unread[0]}")
+    return _unread("W-OPTIMIZER-UNREAD", reads, {"optimizer": optimizer.name}, c, origins)
 
 
 @rule("learning_rate", "optimizer")
@@ -84,11 +80,7 @@ def schedule_reads_what_is_set(c: Config, origins: Origins) -> Problem | None:
         "lr_num_cycles": schedule.cycles,
         "lr_power": schedule.power,
     }
-    unread = [name for name, is_read in reads.items() if not is_read and was_changed(c, name, origins)]
-    if not unread:
-        return None
-    params = {"unread": ", ".join(unread), "schedule": schedule.name}
-    return Problem(code="W-SCHEDULE-UNREAD", severity=_WARNING, params=params, path=f"/{unread[0]}")
+    return _unread("W-SCHEDULE-UNREAD", reads, {"schedule": schedule.name}, c, origins)
 
 
 @rule("lr_scheduler", "optimizer")
@@ -120,6 +112,17 @@ def optimizer_runs_on_the_device(c: Config, origins: Origins) -> Problem | None:
         return None
     params = {"optimizer": optimizer.name, "devices": ", ".join(optimizer.devices), "device": device}
     return Problem(code="E-OPTIMIZER-DEVICE", params=params, fixes=(Fix(key="optimizer", value=optimizer.instead),))
+
+
+def _unread(
+    code: str, reads: Mapping[str, bool], params: Mapping[str, object], c: Config, origins: Origins
+) -> Problem | None:
+    """The warning `code` about the options that somebody changed and that are not read; `reads`: option -> is it."""
+    unread = [name for name, is_read in reads.items() if not is_read and was_changed(c, name, origins)]
+    if not unread:
+        return None
+    told = {"unread": ", ".join(unread), **params}
+    return Problem(code=code, severity=_WARNING, params=told, path=f"/{unread[0]}")
 
 
 OPTIMIZER_RULES = tuple(value for value in list(globals().values()) if isinstance(value, Rule))
