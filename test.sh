@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv on first use, then runs the tests: ./test.sh [--fast] [any argument of pytest]
+# Sets up .venv on first use, then runs the tests, one process per core: ./test.sh [--fast] [any argument of pytest]
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 cd "$root"
@@ -9,4 +9,5 @@ if [ "${1:-}" = "--fast" ]; then
   shift
   set -- -m "not slow and not gpu" "$@"
 fi
-exec "$venv_bin/python" -m pytest "$@"
+export OMP_NUM_THREADS=1  # the processes share the cores
+exec "$venv_bin/python" -m pytest -n logical --maxprocesses 8 --dist worksteal "$@"

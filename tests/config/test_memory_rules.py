@@ -75,7 +75,12 @@ def test_checkpointing_stays_a_flag(with_config, written):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("gradient_checkpointing_budget", 2), ("gradient_checkpointing_offload", True)]
+    ("option", "value"),
+    [
+        ("gradient_checkpointing_budget", 2),
+        ("gradient_checkpointing_offload", True),
+        ("gradient_checkpointing_keep", "product"),
+    ],
 )
 def test_recomputation_options_are_named_where_nothing_is_recomputed(project, option, value):
     loaded = project.load("--gradient_checkpointing=false", f"--{option}={value}")

@@ -64,6 +64,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "interval": {"gradient_checkpointing_interval": 2},
     "auto": {"gradient_checkpointing_interval": "auto", "gradient_checkpointing_budget": 4},
     "inputs": {"gradient_checkpointing_offload": True},
+    "product": {"gradient_checkpointing_keep": "product"},
     "tiling": {"vae_enable_tiling": True},
     "slicing": {"vae_enable_slicing": True},
     "vae_dtype": {"vae_dtype": "fp32"},

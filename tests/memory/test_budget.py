@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.lora import LoraSettings, apply_lora
 from simpletuner.memory.budget import BlockCost, FixedBudget, SeenBudget, WithinBudget, measure_block
 from simpletuner.memory.checkpointing import apply_checkpointing, apply_policy
-from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
+from simpletuner.models.z_image.transformer import LAST_PRODUCT, ZImageTransformer, ZImageTransformerConfig
 
 NUM_BLOCKS = 5
 LIBERAL = 1 << 40
@@ -35,11 +37,14 @@ class Chosen:
     def __init__(self, *recomputed: int) -> None:
         self.recomputed, self.ends = recomputed, 0
 
-    def begin(self, forward: object, args: object) -> None:
+    def begin(self, forward: object, args: object, output: object) -> None:
         pass
 
     def recomputes(self, index: int) -> bool:
         return index in self.recomputed
+
+    def keeps_product(self, index: int) -> bool:
+        return index % 2 == 0
 
     def end(self) -> None:
         self.ends += 1
@@ -73,10 +78,11 @@ def assert_equal(ours: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("sides", [(16,), (16, 16), (16, 24)])
 @pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("product", [None, LAST_PRODUCT])
 @pytest.mark.parametrize("recomputed", [(), (0,), (0, 1, 2, 3), (1, 3), (0, 1, 2, 3, 4), (4,)])
-def test_any_choice_gives_the_same_loss_and_gradients(recomputed, offload, sides):
+def test_any_choice_gives_the_same_loss_and_gradients(recomputed, product, offload, sides):
     model, plain, policy = transformer(), transformer(), Chosen(*recomputed)
-    apply_policy(model.layers, policy, offload=offload)
+    apply_policy(model.layers, policy, product=product, offload=offload)
     for _ in range(2):
         assert_equal(step(model, sides), step(plain, sides))
     assert policy.ends == (2 if 0 in recomputed else 0)
@@ -150,6 +156,32 @@ def test_what_is_saved_stays_within_the_budget_and_uses_it(num_kept, sides):
         assert saved <= max(budget_bytes + slack, cost.of_all(NUM_BLOCKS, 1, offload=False))
         # The measure counts for each block what all of them share: rotations, a few per cent.
         assert saved > 0.95 * cost.of_all(NUM_BLOCKS, policy.num_kept, offload=False) - cost.input_bytes
+
+
+def product_bytes(model: ZImageTransformer, sides: tuple[int, ...] = (16,)) -> int:
+    sizes: list[int] = []
+    handle = model.layers[0].feed_forward.w2.register_forward_hook(lambda layer, args, out: sizes.append(out.nbytes))
+    with torch.no_grad():
+        model(*inputs(sides))
+    handle.remove()
+    return sizes[0]
+
+
+@pytest.mark.parametrize("sides", [(16,), (16, 24)])
+@pytest.mark.parametrize(("num_kept", "num_products"), [(1, 0), (1, 1), (1, 3), (1, 4), (2, 3), (4, 1), (5, 0)])
+def test_products_come_before_whole_blocks_and_within_the_budget(num_kept, num_products, sides):
+    cost = replace(cost_of_a_block(sides), product_bytes=product_bytes(transformer(), sides))
+    budget_bytes = cost.of_all(NUM_BLOCKS, num_kept, num_products=num_products, offload=False)
+    policy, model = within(budget_bytes), transformer()
+    apply_policy(model.layers, policy, product=LAST_PRODUCT)
+    assert_equal(step(model, sides), step(transformer(), sides))
+    assert (policy.num_kept, policy.num_products) == (num_kept, num_products)
+    chosen = [(policy.recomputes(index), policy.keeps_product(index)) for index in range(NUM_BLOCKS)]
+    bare = NUM_BLOCKS - num_kept - num_products
+    assert chosen[:bare] == [(True, False)] * bare
+    assert chosen[bare : bare + num_products] == [(True, True)] * num_products
+    assert not any(recomputed for recomputed, _ in chosen[bare + num_products :])
+    assert saved_bytes(model, sides) <= budget_bytes
 
 
 def test_the_last_blocks_keep_their_activations():

@@ -12,7 +12,7 @@ from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.memory.checkpointing import apply_checkpointing
 from simpletuner.models.streaming import place_module_
 from simpletuner.models.z_image.load import quantisable_layers
-from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig, velocity
+from simpletuner.models.z_image.transformer import LAST_PRODUCT, ZImageTransformer, ZImageTransformerConfig, velocity
 from simpletuner.planner.blocks import adapter_params
 from simpletuner.planner.inputs import Adapter, Picture, PlanInput
 from simpletuner.planner.memory import step_height
@@ -64,6 +64,8 @@ def peak_of_a_step(model: ZImageTransformer, side: int, captions: tuple[int, ...
         {"precision": "int8-torchao"},
         {"precision": "int8-torchao", "every": 1},
         {"precision": "int8-torchao", "every": 1, "dtype": torch.bfloat16},
+        {"every": 1, "product": True},
+        {"every": 2, "product": True, "dtype": torch.bfloat16},
         {"dropout": 0.1},
     ],
     ids=str,
@@ -79,7 +81,7 @@ def test_the_peak_of_a_step(case):
     settings = LoraSettings(rank=rank, alpha=rank, targets=targets, dropout=case.get("dropout", 0.0))
     report = apply_lora(model, settings)
     if every:
-        apply_checkpointing(model.layers, every=every)
+        apply_checkpointing(model.layers, every=every, product=LAST_PRODUCT if "product" in case else None)
     model.train()
     plan = PlanInput(
         sizes=ModelSizes(transformer=TransformerSizes(**SIZES)),
@@ -92,6 +94,7 @@ def test_the_peak_of_a_step(case):
         is_mixed=len(set(captions)) > 1,
         checkpointing=bool(every),
         interval=every or 1,
+        keeps_product="product" in case,
     )
     assert adapter_params(plan, plan.adapter) == report.num_params
     assert step_height(plan).total == pytest.approx(peak_of_a_step(model, side, captions, dtype), rel=0.08)

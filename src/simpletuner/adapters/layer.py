@@ -82,6 +82,13 @@ class LoraLinear(nn.Module):
         return cast("Tensor", self.lora_A[name].weight), cast("Tensor", self.lora_B[name].weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x, None)
+
+    def forward_given(self, x: Tensor, out: Tensor) -> Tensor:
+        """As `forward(x)`, which gave `out` before: what is computed is what backward needs."""
+        return self._forward(x, out)
+
+    def _forward(self, x: Tensor, known: Tensor | None) -> Tensor:
         base = self.base_layer
         if not self.active:
             return cast("Tensor", base(x))
@@ -94,7 +101,7 @@ class LoraLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         flat = [weight for pair in pairs for weight in pair]
-        return cast("Tensor", _LowRankLinear.apply(x.to(dtype), base, scales, *flat))
+        return cast("Tensor", _LowRankLinear.apply(x.to(dtype), base, scales, (known,), *flat))
 
     def _general_forward(self, x: Tensor, scales: tuple[float, ...], pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         """With dropout, or around a base that is trained or of a library's own: the formula, left to autograd."""
@@ -115,14 +122,24 @@ class _LowRankLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: nn.Linear | FrozenBase, scales: tuple[float, ...], *pairs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: nn.Linear | FrozenBase,
+        scales: tuple[float, ...],
+        known: tuple[Tensor | None],
+        *pairs: Tensor,
+    ) -> Tensor:
         dtype, rows = x.dtype, x.reshape(-1, x.shape[-1])
         inners = []
+        (out,) = known  # in a tuple: autograd would return an argument as a copy
         with torch.autocast(x.device.type, enabled=False):
-            out = _multiply(base, rows)
+            if out is None:
+                out = _multiply(base, rows)
             for down, up, scale in zip(pairs[::2], pairs[1::2], scales, strict=True):
                 inner = rows @ down.to(dtype).t()
-                out.addmm_(inner, up.to(dtype).t(), alpha=scale)
+                if known[0] is None:
+                    out.addmm_(inner, up.to(dtype).t(), alpha=scale)
                 inners.append(inner)
         ctx.save_for_backward(x, *pairs, *inners)
         ctx.base, ctx.scales = base, scales
@@ -142,13 +159,13 @@ class _LowRankLinear(torch.autograd.Function):
                 x_gradient = _multiply_transposed(ctx.base, gradient)
             for index, (down, up, inner, scale) in enumerate(zip(downs, ups, inners, ctx.scales, strict=True)):
                 inner_gradient = (gradient @ up.to(dtype)).mul_(scale)
-                if ctx.needs_input_grad[3 + 2 * index]:
-                    gradients[2 * index] = (inner_gradient.t() @ rows).to(down.dtype)
                 if ctx.needs_input_grad[4 + 2 * index]:
+                    gradients[2 * index] = (inner_gradient.t() @ rows).to(down.dtype)
+                if ctx.needs_input_grad[5 + 2 * index]:
                     gradients[2 * index + 1] = (gradient.t() @ inner).mul_(scale).to(up.dtype)
                 if x_gradient is not None:
                     x_gradient.addmm_(inner_gradient, down.to(dtype))
-        return (None if x_gradient is None else x_gradient.view_as(x), None, None, *gradients)
+        return (None if x_gradient is None else x_gradient.view_as(x), None, None, None, *gradients)
 
 
 def _multiply(base: nn.Linear | FrozenBase, x_RI: Tensor) -> Tensor:

@@ -188,6 +188,7 @@ def device_is_known(c: Config, origins: Origins) -> Problem | None:
 @rule(
     "gradient_checkpointing_interval",
     "gradient_checkpointing_budget",
+    "gradient_checkpointing_keep",
     "gradient_checkpointing_offload",
     "gradient_checkpointing",
 )
@@ -196,6 +197,7 @@ def recomputation_reads_what_is_set(c: Config, origins: Origins) -> Problem | No
     reads = {
         "gradient_checkpointing_interval": m.gradient_checkpointing or m.gradient_checkpointing_interval == 1,
         "gradient_checkpointing_budget": m.gradient_checkpointing or m.gradient_checkpointing_budget is None,
+        "gradient_checkpointing_keep": m.gradient_checkpointing or m.gradient_checkpointing_keep == "auto",
         "gradient_checkpointing_offload": m.gradient_checkpointing or not m.gradient_checkpointing_offload,
     }
     unread = [name for name, is_read in reads.items() if not is_read]

@@ -4,11 +4,13 @@ Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (https://arxiv
 is an autograd function of our own, because `torch.utils.checkpoint` calls back into Python for every tensor that a
 block saves: on a small model that is a tenth of a step. Values and gradients are bit for bit those without
 checkpointing.
+
+A recomputed block may keep the output of one of its linear layers (`products`), which is then not computed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.memory.inputs import HostInputs, OnHost
+from simpletuner.memory.products import KeptOutput
 
 Forward = Callable[..., Tensor]
 
@@ -24,18 +27,27 @@ Forward = Callable[..., Tensor]
 class Policy(Protocol):
     """Which blocks of a forward pass are recomputed."""
 
-    def begin(self, forward: Forward, args: tuple[Any, ...]) -> None:
-        """A pass that will be differentiated begins: the first block is about to run as `forward(*args)`."""
+    def begin(self, forward: Forward, args: tuple[Any, ...], output: KeptOutput | None) -> None:
+        """A pass that will be differentiated begins: the first block is about to run as `forward(*args)`. `output`:
+        of the layer that was named."""
 
     def recomputes(self, index: int) -> bool:
         """Whether the block is recomputed in this pass."""
+
+    def keeps_product(self, index: int) -> bool:
+        """Whether it then keeps the output of the layer that was named, if one was."""
 
     def end(self) -> None:
         """Backward has left the first block, which was recomputed."""
 
 
 def apply_checkpointing(
-    blocks: nn.ModuleList, *, every: int, offload: bool = False, preserve_rng_state: bool = False
+    blocks: nn.ModuleList,
+    *,
+    every: int,
+    product: str | None = None,
+    offload: bool = False,
+    preserve_rng_state: bool = False,
 ) -> int:
     """Recompute every `every`-th block during backward, starting with the first. Returns how many.
 
@@ -46,27 +58,36 @@ def apply_checkpointing(
     Args:
         blocks: run one after the other, each called with positional arguments and returning one tensor. `forward` is
             replaced on the instances; names of modules and parameters stay as they are.
+        product: name, inside a block, of the linear layer whose output a recomputed block keeps.
         offload: what a recomputed block is given first, the activation, waits for backward in main memory.
         preserve_rng_state: needed if a block draws random numbers (dropout); costs a copy of the generators' states.
     """
     assert every >= 1
     chosen = range(0, len(blocks) - 1, every)
-    _wrap(blocks, chosen, _Always(), HostInputs() if offload else None, preserve_rng_state)
+    _wrap(blocks, chosen, _Always(), product, HostInputs() if offload else None, preserve_rng_state)
     return len(chosen)
 
 
 def apply_policy(
-    blocks: nn.ModuleList, policy: Policy, *, offload: bool = False, preserve_rng_state: bool = False
+    blocks: nn.ModuleList,
+    policy: Policy,
+    *,
+    product: str | None = None,
+    offload: bool = False,
+    preserve_rng_state: bool = False,
 ) -> None:
     """Recompute those blocks that `policy` chooses, anew in each pass; the rest as `apply_checkpointing`."""
-    _wrap(blocks, range(len(blocks)), policy, HostInputs() if offload else None, preserve_rng_state)
+    _wrap(blocks, range(len(blocks)), policy, product, HostInputs() if offload else None, preserve_rng_state)
 
 
 class _Always:
-    def begin(self, forward: Forward, args: tuple[Any, ...]) -> None:
+    def begin(self, forward: Forward, args: tuple[Any, ...], output: KeptOutput | None) -> None:
         pass
 
     def recomputes(self, index: int) -> bool:
+        return True
+
+    def keeps_product(self, index: int) -> bool:
         return True
 
     def end(self) -> None:
@@ -74,11 +95,20 @@ class _Always:
 
 
 def _wrap(
-    blocks: nn.ModuleList, chosen: range, policy: Policy, inputs: HostInputs | None, preserve_rng_state: bool
+    blocks: nn.ModuleList,
+    chosen: range,
+    policy: Policy,
+    product: str | None,
+    inputs: HostInputs | None,
+    preserve_rng_state: bool,
 ) -> None:
     for index in chosen:
         block = blocks[index]
-        block.forward = partial(_checkpointed, block, index, block.forward, policy, inputs, preserve_rng_state)
+        output: KeptOutput | None = None
+        if product is not None:
+            layer = block.get_submodule(product)
+            output = layer.forward = KeptOutput(layer)
+        block.forward = partial(_checkpointed, block, index, block.forward, policy, output, inputs, preserve_rng_state)
 
 
 def _checkpointed(
@@ -86,6 +116,7 @@ def _checkpointed(
     index: int,
     forward: Forward,
     policy: Policy,
+    output: KeptOutput | None,
     inputs: HostInputs | None,
     preserve_rng_state: bool,
     *args: Any,
@@ -102,7 +133,7 @@ def _checkpointed(
     if index == 0:
         if inputs is not None:
             inputs.begin()
-        policy.begin(forward, args)
+        policy.begin(forward, args, output)
     if not policy.recomputes(index):
         return forward(*args)
 
@@ -115,7 +146,9 @@ def _checkpointed(
     # `run` outlives this call: it must not hold the activations that enter the block twice.
     args = tuple(None if isinstance(arg, Tensor) else arg for arg in args)
     surroundings = _Surroundings(tensors, preserve_rng_state)
-    call = _Call(run, surroundings, len(tensors), inputs, policy.end if index == 0 else None)
+    if output is not None and not policy.keeps_product(index):
+        output = None
+    call = _Call(run, surroundings, len(tensors), output, inputs, policy.end if index == 0 else None)
     out: Tensor = _Recompute.apply(call, *tensors, *trained)
     return out
 
@@ -128,45 +161,55 @@ class _Call:
         run: Forward,
         surroundings: _Surroundings,
         num_tensors: int,
+        output: KeptOutput | None,
         inputs: HostInputs | None,
         done: Callable[[], None] | None,
     ) -> None:
-        self.run, self.surroundings, self.num_tensors, self.inputs, self.done = (
-            run,
-            surroundings,
-            num_tensors,
-            inputs,
-            done,
-        )
+        self.run, self.surroundings, self.num_tensors = run, surroundings, num_tensors
+        self.output, self.inputs, self.done = output, inputs, done
+        self.num_products = 0
         self.first: OnHost | None = None  # the first tensor, if it waits elsewhere
         self.first_needs_gradient = False
 
+    def first_run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What the block gives, and the products that are kept."""
+        products: list[Tensor] = []
+        with self.surroundings.autocast(), nullcontext() if self.output is None else self.output.noting(products):
+            out = self.run(*tensors)
+        self.num_products = len(products)
+        return out, products
+
+    def run_again(self, tensors: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
+        """What the block gives, with a graph."""
+        given = nullcontext() if self.output is None else self.output.giving(products)
+        with torch.enable_grad(), self.surroundings.autocast(), self.surroundings.random_state(), given:
+            return self.run(*tensors)
+
 
 class _Recompute(torch.autograd.Function):
-    """`call.run(*tensors)`, of which only the tensors are kept for backward."""
+    """`call.run(*tensors)`, of which only the tensors and `call`'s products are kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *inputs: Tensor) -> Tensor:
         tensors, ctx.trained = inputs[: call.num_tensors], inputs[call.num_tensors :]
         ctx.call = call
-        with call.surroundings.autocast():
-            out = call.run(*tensors)
-        if call.inputs is None:
-            ctx.save_for_backward(*tensors)
-        else:
+        out, products = call.first_run(tensors)
+        if call.inputs is not None:
             call.first, call.first_needs_gradient = call.inputs.put(tensors[0]), tensors[0].requires_grad
-            ctx.save_for_backward(*tensors[1:])
+            tensors = tensors[1:]
+        ctx.save_for_backward(*products, *tensors)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        tensors = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
+        products, saved = ctx.saved_tensors[: call.num_products], ctx.saved_tensors[call.num_products :]
+        tensors = [t.detach().requires_grad_(t.requires_grad) for t in saved]
         if call.first is not None and call.inputs is not None:
             tensors.insert(0, call.inputs.take(call.first).requires_grad_(call.first_needs_gradient))
-        with torch.enable_grad(), call.surroundings.autocast(), call.surroundings.random_state():
-            out = call.run(*tensors)
+        out = call.run_again(tensors, products)
+        with torch.enable_grad():
             seed = _Seed.apply(out, gradient)
         inputs = (*tensors, *ctx.trained)
         gradients: list[Tensor | None] = [None] * len(inputs)

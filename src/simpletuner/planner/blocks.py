@@ -34,10 +34,12 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMemory:
-    """Bytes of one main block. `entry`: its input; `kept`: all that backward reads, the input included; `working`:
-    what backward needs beside that at its height; `idle`: what a forward without a graph needs at its height."""
+    """Bytes of one main block. `entry`: its input; `product`: what its last linear layer gives; `kept`: all that
+    backward reads, these included; `working`: what backward needs beside that at its height; `idle`: what a forward
+    without a graph needs at its height."""
 
     entry: int
+    product: int
     kept: int
     working: int
     idle: int
@@ -54,7 +56,9 @@ def block_memory(plan: PlanInput) -> BlockMemory:
         height = max(height, alive + gradients + stage.works)
         alive -= stage.keeps
         gradients += stage.gives - stage.frees
-    return BlockMemory(entry=entry, kept=kept, working=height - kept, idle=idle_bytes(plan, _tokens(plan)))
+    return BlockMemory(
+        entry=entry, product=entry, kept=kept, working=height - kept, idle=idle_bytes(plan, _tokens(plan))
+    )
 
 
 def idle_bytes(plan: PlanInput, tokens: int) -> int:

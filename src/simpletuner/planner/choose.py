@@ -20,10 +20,12 @@ from simpletuner.planner.estimate import ROOM, device_peak
 from simpletuner.planner.from_config import Machine, find_machine, plan_input
 from simpletuner.planner.inputs import Offload, PlanInput
 from simpletuner.planner.remedies import smaller_formats
+from simpletuner.planner.speed import step_flops
 from simpletuner.problems import Problem, Severity
 
 PLAN_ORIGIN = Origin(kind=OriginKind.PLAN, place="memory_plan")
 _SWAP = "musubi_blocks_to_swap"
+_KEEP = "gradient_checkpointing_keep"
 _INTERVALS = (None, 4, 3, 2, 1)  # None: nothing is recomputed
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the blocks that leave the device
 
@@ -34,6 +36,7 @@ class Rung:
 
     precision: str
     interval: int | None
+    keeps_product: bool = False
     swapped: int = 0
 
     def applied(self, plan: PlanInput) -> PlanInput:
@@ -43,6 +46,7 @@ class Rung:
             precision=PRECISIONS[self.precision],
             checkpointing=self.interval is not None,
             interval=self.interval or 1,
+            keeps_product=self.keeps_product,
         )
         return replace(changed, offload=Offload(blocks=self.swapped, overlap=True)) if self.swapped else changed
 
@@ -55,6 +59,7 @@ class Rung:
         }
         if self.interval is not None:
             found["gradient_checkpointing_interval"] = self.interval
+            found[_KEEP] = "product" if self.keeps_product else "input"
         return {**found, _SWAP: self.swapped} if self.swapped else found
 
 
@@ -89,6 +94,8 @@ def planned(loaded: LoadedConfig, machine: Machine | None = None) -> Planned:
         return Planned(loaded=replace(loaded, warnings=(*loaded.warnings, problem)))
     asked = plan_input(loaded.config, loaded.datasets, machine)
     fixed = {name: loaded.config.option(name) for name in options() if was_set(name, loaded.origins)}
+    if fixed.get(_KEEP) == "auto":
+        del fixed[_KEEP]
     rungs = list(ladder(asked, fixed))
     rung = choose(asked, rungs, budget_bytes)
     values = {**rung.values, **_text_precision(asked, fixed, budget_bytes)}
@@ -118,13 +125,18 @@ def ladder(plan: PlanInput, fixed: dict[str, object]) -> Iterator[Rung]:
     formats = formats or ["no_change", *smaller_formats(None)]
     intervals = [x for x in _INTERVALS if _allowed(x, fixed)]
     for name in formats:
-        for interval in intervals:
-            yield Rung(precision=name, interval=interval)
+        whole = [
+            Rung(precision=name, interval=interval, keeps_product=keeps)
+            for interval in intervals
+            for keeps in ((False,) if interval is None else _keeps(fixed))
+        ]
+        yield from sorted(whole, key=lambda rung: step_flops(rung.applied(plan)).step)
         is_whole = name == "no_change" and len(formats) > 1  # halved weights are quicker than whole ones that travel
         if _SWAP in options() and _SWAP not in fixed and plan.device == "cuda" and not is_whole:
             for share in _SHARES if PRECISIONS[name].offloadable else ():
                 swapped = round(share * (plan.sizes.transformer.n_layers - 1))
-                yield Rung(precision=name, interval=intervals[-1], swapped=swapped)
+                keeps = _keeps(fixed)[-1]
+                yield Rung(precision=name, interval=intervals[-1], keeps_product=keeps, swapped=swapped)
 
 
 def choose(plan: PlanInput, rungs: list[Rung], budget_bytes: int) -> Rung:
@@ -142,6 +154,11 @@ def with_options(config: Config, values: dict[str, object]) -> Config:
         if mine:
             changed[section] = getattr(config, section).model_copy(update=mine)
     return config.model_copy(update=changed)
+
+
+def _keeps(fixed: dict[str, object]) -> tuple[bool, ...]:
+    """Whether recomputed blocks keep a product: what may be chosen, what takes least memory last."""
+    return (True, False) if _KEEP not in fixed else (fixed[_KEEP] == "product",)
 
 
 def _allowed(interval: int | None, fixed: dict[str, object]) -> bool:

@@ -13,11 +13,13 @@ from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset
 from simpletuner.config.root import Config
+from simpletuner.config.sections.memory import MemorySection
 from simpletuner.hardware.probe import device_type
 from simpletuner.hardware.space import GpuSpace, Space, gpu_memory, main_memory
 from simpletuner.planner.inputs import Adapter, DeviceKind, Offload, Picture, PlanInput
 from simpletuner.planner.sizes import ModelSizes, read_sizes
 
+AUTO = 0  # of gradient_checkpointing_interval
 _CPUINFO = Path("/proc/cpuinfo")
 _USUAL_CAPTION_TOKENS = 96
 _USUAL_NUM_CAPTIONS = 100
@@ -99,6 +101,7 @@ def plan_input(
         checkpointing=memory.gradient_checkpointing,
         interval=memory.gradient_checkpointing_interval or 1,  # auto: at least what full recomputation needs
         keep_bytes=_kept_activations(config),
+        keeps_product=memory.gradient_checkpointing_interval != AUTO and may_keep_product(memory, machine.kind),
         inputs_on_host=memory.gradient_checkpointing_offload and machine.kind == "cuda",
         offload=offload(config),
         num_contexts=seen.num_captions,
@@ -190,10 +193,17 @@ def _number_bytes(config: Config, machine: Machine) -> tuple[int, int]:
     return (4 if config.memory.base_model_default_dtype == "fp32" else 2), 2
 
 
+def may_keep_product(memory: MemorySection, kind: str) -> bool:
+    """Whether recomputed blocks keep a product on a device of that kind; within a budget, if there is one."""
+    if memory.gradient_checkpointing_keep == "auto":
+        return kind == "cpu" or memory.gradient_checkpointing_interval == AUTO
+    return memory.gradient_checkpointing_keep == "product"
+
+
 def _kept_activations(config: Config) -> int | None:
     """What auto may keep, where that is said; what is free otherwise is used, and not needed."""
     memory = config.memory
-    if memory.gradient_checkpointing_interval or memory.gradient_checkpointing_budget is None:
+    if memory.gradient_checkpointing_interval != AUTO or memory.gradient_checkpointing_budget is None:
         return None
     return round(memory.gradient_checkpointing_budget * 2**30)
 

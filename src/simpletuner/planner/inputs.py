@@ -69,7 +69,8 @@ class PlanInput:
     is_mixed: the captions of a batch may have different lengths. num_contexts: captions that are kept refined.
     validation: the largest call that makes images, None without any. vae_batch: images decoded ahead of the VAE.
     interval: one block in so many is recomputed. keep_bytes: what activations may take where the number of recomputed
-    blocks follows from that; None: it follows from `interval`. inputs_on_host: those of recomputed blocks wait in main
+    blocks follows from that; None: it follows from `interval`. keeps_product: recomputed blocks keep the output of
+    their last linear layer beside their input. inputs_on_host: those of recomputed blocks wait in main
     memory. tile_px: side of the VAE's tiles, None: whole images.
     """
 
@@ -90,6 +91,7 @@ class PlanInput:
     checkpointing: bool = True
     interval: int = 1
     keep_bytes: int | None = None
+    keeps_product: bool = False
     inputs_on_host: bool = False
     offload: Offload = Offload()
     num_contexts: int = 0

@@ -155,7 +155,7 @@ def step_height(plan: PlanInput) -> _Height:
     update = _Height(activations=0, working=working * _FLOAT32, gradients=gradients)
     heights = [update]
     before = 0
-    entry = 0 if plan.inputs_on_host else block.entry
+    entry = (0 if plan.inputs_on_host else block.entry) + (block.product if plan.keeps_product else 0)
     for index in range(count):
         later = gradients if plan.accumulation > 1 else gradients * (count - 1 - index) // count
         heights.append(_backward(plan, block, index, before, later))

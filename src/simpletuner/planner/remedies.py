@@ -44,6 +44,8 @@ def _changes(plan: PlanInput) -> Iterator[tuple[Fix, PlanInput]]:
         yield Fix(key="gradient_checkpointing", value=True), replace(plan, checkpointing=True)
     elif plan.interval > 1:
         yield Fix(key="gradient_checkpointing_interval", value=1), replace(plan, interval=1)
+    if plan.checkpointing and plan.keeps_product:
+        yield Fix(key="gradient_checkpointing_keep", value="input"), replace(plan, keeps_product=False)
     if plan.checkpointing and plan.device == "cuda" and not plan.inputs_on_host:
         yield Fix(key="gradient_checkpointing_offload", value=True), replace(plan, inputs_on_host=True)
     for name in smaller_formats(plan.precision.bits):

@@ -30,7 +30,8 @@ def step_flops(plan: PlanInput) -> StepFlops:
     lora = 2 * picture.tokens * adapter_params(plan, plan.adapter)
     forward = sizes.n_layers * (linear + attention) + prefix + ends + lora
     backward = sizes.n_layers * (linear + _ATTENTION_BACKWARD * attention) + ends + 2 * lora
-    step = forward + backward + num_again * (linear + attention)
+    again = linear + attention - (_last_product_flops(plan, picture.tokens) if plan.keeps_product else 0.0)
+    step = forward + backward + num_again * again
     return StepFlops(forward=picture.count * forward, step=picture.count * step)
 
 
@@ -45,6 +46,12 @@ def sheet_flops_per_s(device_name: str) -> float | None:
     """What a GPU of that name reaches in such steps, from its data sheet; None for one that is not known."""
     gpu = gpu_named(device_name)
     return None if gpu is None else gpu.bf16_tflops * 1e12 * _USUAL_SHARE
+
+
+def _last_product_flops(plan: PlanInput, tokens: int) -> float:
+    """The last linear layer of a block on one sample."""
+    sizes = plan.sizes.transformer
+    return 2.0 * tokens * sizes.dim * sizes.ffn_dim
 
 
 def _block_flops(plan: PlanInput, tokens: int) -> tuple[float, float]:

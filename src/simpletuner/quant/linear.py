@@ -105,9 +105,16 @@ class FrozenLinear(nn.Linear):
         return self.form.multiply_transposed(x_RO, self._buffers, self.shape)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x, None)
+
+    def forward_given(self, x: Tensor, out: Tensor) -> Tensor:
+        """As `forward(x)`, which gave `out` before: nothing is multiplied."""
+        return self._forward(x, out)
+
+    def _forward(self, x: Tensor, known: Tensor | None) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        out: Tensor = _FrozenProduct.apply(x.to(dtype), self)
+        out: Tensor = _FrozenProduct.apply(x.to(dtype), self, (known,))
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
@@ -128,15 +135,18 @@ class FrozenLinear(nn.Linear):
 
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear, known: tuple[Tensor | None]) -> Tensor:
         ctx.layer = layer
+        (out,) = known  # in a tuple: autograd would return an argument as a copy
+        if out is not None:
+            return out.view_as(out)
         with torch.autocast(x.device.type, enabled=False):
             out = layer.multiply(x.reshape(-1, x.shape[-1]))
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         with torch.autocast(gradient.device.type, enabled=False):
             x_gradient = ctx.layer.multiply_transposed(gradient.reshape(-1, gradient.shape[-1]))
-        return x_gradient.view(*gradient.shape[:-1], -1), None
+        return x_gradient.view(*gradient.shape[:-1], -1), None, None

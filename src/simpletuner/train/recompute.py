@@ -11,9 +11,8 @@ from simpletuner.config.sections.memory import MemorySection
 from simpletuner.events.types import Event, SettingOverridden
 from simpletuner.memory.budget import Budget, CudaMemory, FixedBudget, SeenBudget, WithinBudget
 from simpletuner.memory.checkpointing import apply_checkpointing, apply_policy
-from simpletuner.models.z_image.transformer import Layout, ZImageTransformer
-
-AUTO = 0  # of gradient_checkpointing_interval
+from simpletuner.models.z_image.transformer import LAST_PRODUCT, Layout, ZImageTransformer
+from simpletuner.planner.from_config import AUTO, may_keep_product
 
 
 def apply_recomputation(
@@ -37,8 +36,10 @@ def apply_recomputation(
     if every == AUTO and options.gradient_checkpointing_budget is None and not on_cuda:
         every = 1
         emit(_override("gradient_checkpointing_interval", "auto", "1"))
+    product = LAST_PRODUCT if may_keep_product(options, device.type) else None
+    blocks = transformer.layers
     if every != AUTO:
-        apply_checkpointing(transformer.layers, every=every, offload=offload, preserve_rng_state=uses_dropout)
+        apply_checkpointing(blocks, every=every, product=product, offload=offload, preserve_rng_state=uses_dropout)
         return
     budget: Budget
     if options.gradient_checkpointing_budget is not None:
@@ -49,8 +50,8 @@ def apply_recomputation(
             is_settled=lambda: bool(optimizer.state),
             reserve_bytes=sum(parameter.nbytes for parameter in params),
         )
-    policy = WithinBudget(len(transformer.layers), budget, offload=offload, key=_cost_key)
-    apply_policy(transformer.layers, policy, offload=offload, preserve_rng_state=uses_dropout)
+    policy = WithinBudget(len(blocks), budget, offload=offload, key=_cost_key)
+    apply_policy(blocks, policy, product=product, offload=offload, preserve_rng_state=uses_dropout)
 
 
 def _cost_key(x_GSD: Tensor, layout: Layout, time_BD: Tensor) -> Hashable:

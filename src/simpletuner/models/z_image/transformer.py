@@ -160,6 +160,10 @@ class FeedForward(nn.Module):
         return out
 
 
+LAST_PRODUCT = "feed_forward.w2"
+"""In a block: the linear layer that nothing but a norm follows, a quarter of the block's products."""
+
+
 class Block(nn.Module):
     """Attention and feed-forward, each between two norms; scale and tanh-gate from the timestep if modulated."""
 
