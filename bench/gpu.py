@@ -1,8 +1,9 @@
 """Steps of the 6.15 B-parameter transformer on an accelerator: time, memory, and how much of the card's rate is used.
 
 Random weights, one image, rank-16 and rank-64 LoRA on attention and MLP of the main blocks, captions of 77 tokens. Each
-case runs in a process of its own. Cards of 8 to 24 GB are emulated by a cap on what the process may allocate. Without
-an accelerator the same program runs the demo base on the CPU for a few steps and writes nothing.
+case runs in a process of its own. With offload, frozen weights wait in pinned main memory. Cards of 8 to 24 GB are
+emulated by a cap on what the process may allocate. Without an accelerator the same program runs the demo base on
+the CPU for a few steps and writes nothing.
 
     python bench/gpu.py [--only TEXT ...] [--steps 30] [--budget-s SECONDS]
 
@@ -18,7 +19,7 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,34 +28,65 @@ from common import RESULTS, apply_bench_lora, commit, training_step
 from torch import nn
 
 import simpletuner
+from simpletuner.config.sections.memory import MemorySection
 from simpletuner.memory.checkpointing import apply_checkpointing
+from simpletuner.memory.groups import choose_groups
+from simpletuner.memory.store import RamStore
+from simpletuner.memory.streaming import StreamBuilder
 from simpletuner.models.streaming import place_module_
 from simpletuner.models.weights import resolve_pipeline
 from simpletuner.models.z_image.load import load_transformer, quantisable_layers
 from simpletuner.models.z_image.spec import Z_IMAGE
-from simpletuner.models.z_image.transformer import TOKEN_MULTIPLE, ZImageTransformer, ZImageTransformerConfig
-from simpletuner.quant.build import quantiser
+from simpletuner.models.z_image.transformer import (
+    LAST_PRODUCT,
+    TOKEN_MULTIPLE,
+    ZImageTransformer,
+    ZImageTransformerConfig,
+)
+from simpletuner.quant.build import PLAIN, quantiser
+from simpletuner.quant.linear import FrozenLinear
+from simpletuner.train.offload import transformer_offload
 
 CAPTION_TOKENS = 77
 PRECISIONS = ("no_change", "int8-torchao", "fp8wo-torchao", "fp8-torchao", "int4-torchao", "nf4-bnb")
+OFFLOADS: Mapping[str, Mapping[str, object]] = {
+    "no offload": {},
+    "10 blocks swapped": {"musubi_blocks_to_swap": 10},
+    "20 blocks swapped": {"musubi_blocks_to_swap": 20},
+    "blocks, one at a time": {"enable_group_offload": True},
+    "blocks, fetched ahead": {"enable_group_offload": True, "group_offload_use_stream": True},
+    "layers, fetched ahead": {
+        "enable_group_offload": True,
+        "group_offload_type": "leaf_level",
+        "group_offload_use_stream": True,
+    },
+}
+"""What travels, as options."""
 _MATRIX = 8192  # side of the square product that measures the card's rate
 _GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What one process measures. `cap_gib`: memory of the card that it pretends to have."""
+    """What one process measures. `offload`: of OFFLOADS. `keeps_product`: recomputed blocks keep their last product.
+    `cap_gib`: memory of the card that it pretends to have."""
 
     precision: str
     checkpointing: bool
     resolution_px: int = 512
     rank: int = 16
+    offload: str = "no offload"
+    keeps_product: bool = False
     cap_gib: int | None = None
 
     @property
     def name(self) -> str:
         parts = [self.precision, f"{self.resolution_px} px", f"rank {self.rank}"]
         parts.append("recomputed" if self.checkpointing else "kept")
+        if self.keeps_product:
+            parts[-1] += " but a product"
+        if self.offload != "no offload":
+            parts.append(self.offload)
         if self.cap_gib:
             parts.append(f"{self.cap_gib} GB card")
         return ", ".join(parts)
@@ -67,14 +99,25 @@ def cases() -> Iterator[Case]:
             for precision in PRECISIONS:
                 for checkpointing in (True, False):
                     yield Case(precision=precision, checkpointing=checkpointing, resolution_px=resolution, rank=rank)
-    for cap, precision, resolution in (
-        (24, "no_change", 1024),
-        (16, "no_change", 512),
-        (12, "int8-torchao", 1024),
-        (10, "int8-torchao", 1024),
-        (8, "nf4-bnb", 1024),
+    for resolution in (512, 1024):
+        for precision in ("no_change", "int8-torchao"):
+            yield Case(precision=precision, checkpointing=True, resolution_px=resolution, keeps_product=True)
+    for resolution in (512, 1024):
+        for precision in ("no_change", "int8-torchao", "nf4-bnb"):
+            for offload in list(OFFLOADS)[1:]:
+                yield Case(precision=precision, checkpointing=True, resolution_px=resolution, offload=offload)
+    yield Case(precision="int8-torchao", checkpointing=False, offload="blocks, fetched ahead")
+    for cap, precision, resolution, offload in (
+        (24, "no_change", 1024, "no offload"),
+        (16, "no_change", 512, "no offload"),
+        (16, "no_change", 1024, "10 blocks swapped"),
+        (12, "int8-torchao", 1024, "no offload"),
+        (10, "int8-torchao", 1024, "no offload"),
+        (10, "no_change", 1024, "blocks, fetched ahead"),
+        (8, "nf4-bnb", 1024, "no offload"),
+        (8, "int8-torchao", 1024, "blocks, fetched ahead"),
     ):
-        yield Case(precision=precision, checkpointing=True, resolution_px=resolution, cap_gib=cap)
+        yield Case(precision=precision, checkpointing=True, resolution_px=resolution, offload=offload, cap_gib=cap)
 
 
 def measure(case: Case, steps: int, warm_up: int) -> dict[str, object]:
@@ -88,7 +131,8 @@ def measure(case: Case, steps: int, warm_up: int) -> dict[str, object]:
         transformer = random_transformer(case, device) if device.type == "cuda" else demo_transformer(case)
         apply_bench_lora(transformer, case.rank)
         if case.checkpointing:
-            apply_checkpointing(transformer.layers, every=1)
+            product = LAST_PRODUCT if case.keeps_product else None
+            apply_checkpointing(transformer.layers, every=1, product=product)
         side = case.resolution_px // Z_IMAGE.vae_factor
         generator = torch.Generator().manual_seed(0)
         latents = [torch.randn(Z_IMAGE.latent_channels, side, side, generator=generator).to(device)]
@@ -121,15 +165,50 @@ def random_transformer(case: Case, device: torch.device) -> ZImageTransformer:
     with torch.device("meta"):
         transformer = ZImageTransformer(ZImageTransformerConfig())
     generator = torch.Generator(device).manual_seed(0)
-    layers, quantise = quantisable_layers(transformer), quantiser(case.precision, torch.bfloat16)
+    placed = _Placed(transformer, case, device, torch.bfloat16)
     for name, module in list(transformer.named_modules()):
-        if quantise is not None and name in layers:
+        if name in placed.layers:
             assert isinstance(module, nn.Linear)
-            place_module_(transformer, name, quantise(_random(module.weight, generator)))
+            placed.put(name, _random(module.weight, generator))
             continue
         for key, parameter in module.named_parameters(recurse=False):
             setattr(module, key, nn.Parameter(_random(parameter, generator), requires_grad=False))
+    placed.finish()
     return transformer.train()
+
+
+class _Placed:
+    """Puts the large weights of a model where and how the case wants them. `layers`: names of those it must be given;
+    others stay as they are."""
+
+    def __init__(self, transformer: ZImageTransformer, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+        self._model = transformer
+        self._quantise = quantiser(case.precision, dtype)
+        layers = quantisable_layers(transformer)
+        ordered = [name for name, _ in transformer.named_modules() if name in layers]
+        options = MemorySection.model_validate(OFFLOADS[case.offload])
+        offload = transformer_offload(options, device)
+        self._builder: StreamBuilder | None = None
+        if offload is not None:
+            groups = choose_groups(ordered, offload.groups)
+            store = RamStore(len(groups), pinned=device.type == "cuda")
+            self._builder = StreamBuilder(groups, store, device=device, ahead=offload.ahead)
+        streamed = frozenset[str]() if self._builder is None else self._builder.names
+        self.layers = streamed if self._quantise is None else layers
+
+    def put(self, name: str, weight: torch.Tensor) -> None:
+        """The weight [O, I] of a layer, quantised if it is to be."""
+        plain = self._quantise is None
+        layer = FrozenLinear.from_weight(weight, None, form=PLAIN) if plain else self._quantise(weight)
+        place_module_(self._model, name, layer)
+        if self._builder is not None and name in self._builder.names:
+            assert isinstance(layer, FrozenLinear)
+            self._builder.take(name, layer)
+
+    def finish(self) -> None:
+        """All layers were put."""
+        if self._builder is not None:
+            self._builder.attach(self._model)
 
 
 def _random(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -142,8 +221,12 @@ def _random(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def demo_transformer(case: Case) -> ZImageTransformer:
     base = Path(simpletuner.__file__).parent / "assets" / "demo_base"
     files = resolve_pipeline(str(base), spec=Z_IMAGE).transformer
-    quantise = quantiser(case.precision, torch.float32)
-    return load_transformer(files, dtype=torch.float32, quantise=quantise).train()
+    transformer = load_transformer(files, dtype=torch.float32)
+    placed = _Placed(transformer, case, torch.device("cpu"), torch.float32)
+    for name in placed.layers:
+        placed.put(name, transformer.get_submodule(name).weight.detach())
+    placed.finish()
+    return transformer.train()
 
 
 def flops(case: Case, config: ZImageTransformerConfig) -> dict[str, object]:
@@ -155,7 +238,10 @@ def flops(case: Case, config: ZImageTransformerConfig) -> dict[str, object]:
     forward = 2 * weights * tokens + config.n_layers * 4 * tokens**2 * config.dim
     # Attention's backward multiplies two and a half times as much as its forward, a frozen layer's just as much.
     backward = 2 * weights * tokens + config.n_layers * 10 * tokens**2 * config.dim
-    return {"tflop": (forward * (2 if case.checkpointing else 1) + backward) / 1e12, "tokens": tokens}
+    again = forward if case.checkpointing else 0
+    if case.keeps_product:
+        again -= 2 * config.n_layers * config.dim * config.ffn_dim * tokens
+    return {"tflop": (forward + again + backward) / 1e12, "tokens": tokens}
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -189,6 +275,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, object]]:
     if not has_gpu:
         print("No accelerator: the demo base on the CPU, to see that the program runs.")
         chosen = [Case(precision=precision, checkpointing=True, resolution_px=128) for precision in PRECISIONS]
+        chosen += [
+            Case(precision="int8-torchao", checkpointing=True, keeps_product=True, resolution_px=128, offload=offload)
+            for offload in list(OFFLOADS)[1:]
+        ]
         args.steps, args.warm_up = min(args.steps, 2), min(args.warm_up, 1)
     begun, rows = time.perf_counter(), []
     context = multiprocessing.get_context("spawn")

@@ -103,7 +103,7 @@ PLANS = st.builds(
     plan=PLANS,
     first=st.integers(1, 60),
     more=st.integers(0, 40),
-    fixed=st.sampled_from([{}, {"gradient_checkpointing": True}]),
+    fixed=st.sampled_from([{}, {"gradient_checkpointing": True}, {"train_batch_size": 1}]),
 )
 def test_more_memory_never_gives_a_slower_or_coarser_plan(plan, first, more, fixed):
     rungs = list(ladder(plan, fixed))
@@ -115,16 +115,51 @@ def test_more_memory_never_gives_a_slower_or_coarser_plan(plan, first, more, fix
 
 
 @settings(max_examples=25, deadline=None)
-@given(plan=PLANS)
-def test_the_ladder_goes_from_fast_and_fine_to_slow_and_coarse(plan):
+@given(plan=PLANS, fixed=st.sampled_from([{}, {"train_batch_size": 1}]))
+def test_the_ladder_goes_from_fast_and_fine_to_slow_and_coarse(plan, fixed):
     from simpletuner.planner.speed import step_flops
 
-    rungs = list(ladder(plan, {}))
+    rungs = list(ladder(plan, fixed))
     order = list(dict.fromkeys(rung.precision for rung in rungs))
     assert order[:2] == ["no_change", "int8-torchao"]
     for name in order:
-        flops = [step_flops(rung.applied(plan)).step for rung in rungs if rung.precision == name]
+        made = [rung.applied(plan) for rung in rungs if rung.precision == name]
+        flops = [step_flops(one).step / one.train.count for one in made]
         assert flops == sorted(flops)
+        assert {one.train.count * one.accumulation for one in made} == {plan.train.count * plan.accumulation}
+
+
+def test_a_batch_that_does_not_fit_is_made_in_parts(load_example):
+    arguments = ("--fit=14GB", "--train_batch_size=8", "--base_model_precision=int8")
+    loaded = unset(load_example(EXAMPLE, *arguments), "gradient_checkpointing", "text_encoder_precision")
+    plan = planned(loaded, card(24))
+    optimizer = plan.loaded.config.optimizer
+    assert plan.fits
+    assert optimizer.train_batch_size * optimizer.gradient_accumulation_steps == 8
+    assert 1 <= optimizer.train_batch_size < 8
+    assert {dataset.train_batch_size for dataset in plan.loaded.datasets.images} == {optimizer.train_batch_size}
+    after = plan_input(plan.loaded.config, plan.loaded.datasets, card(24))
+    assert (after.train.count, after.accumulation) == (
+        optimizer.train_batch_size,
+        optimizer.gradient_accumulation_steps,
+    )
+    assert plan.loaded.origins["train_batch_size"].kind is OriginKind.PLAN
+    whole = planned(unset(load_example(EXAMPLE, *arguments[1:], "--fit=400GB"), "gradient_checkpointing"), card(24))
+    assert whole.loaded.config.optimizer.train_batch_size == 8
+
+
+@pytest.mark.parametrize("option", ["gradient_accumulation_steps", "a dataset's batch"])
+def test_a_batch_stays_whole_where_its_parts_are_said(load_example, option):
+    from dataclasses import replace
+
+    loaded = load_example(EXAMPLE, "--fit=24GB", "--train_batch_size=8")
+    if option == "gradient_accumulation_steps":
+        loaded = load_example(EXAMPLE, "--fit=24GB", "--train_batch_size=8", "--gradient_accumulation_steps=1")
+    else:
+        first, *rest = loaded.datasets.images
+        images = (first.model_copy(update={"train_batch_size": 3}), *rest)
+        loaded = replace(loaded, datasets=replace(loaded.datasets, images=images))
+    assert planned(loaded, card(24)).loaded.config.optimizer.train_batch_size == 8
 
 
 @pytest.mark.parametrize(

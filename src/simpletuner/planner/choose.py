@@ -1,7 +1,8 @@
 """`memory_plan: auto` and `fit`: the settings of least cost with which a run fits into the memory there is.
 
 Rungs of a ladder, from the fastest and finest on: the first that fits is taken, so more memory never gives a slower
-or coarser plan. What the user has set stays as it is. The batch stays as asked: its default is one image.
+or coarser plan. What the user has set stays as it is, with one exception: a batch may be made in several parts, whose
+gradients are added up. The images of an update stay as many as were asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from simpletuner.catalog.precisions import PRECISIONS
+from simpletuner.config.datasets import DatasetsConfig
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config, options, sections
 from simpletuner.config.rule import was_set
@@ -26,17 +28,20 @@ from simpletuner.problems import Problem, Severity
 PLAN_ORIGIN = Origin(kind=OriginKind.PLAN, place="memory_plan")
 _SWAP = "musubi_blocks_to_swap"
 _KEEP = "gradient_checkpointing_keep"
+_BATCH, _ACCUMULATION = "train_batch_size", "gradient_accumulation_steps"
 _INTERVALS = (None, 4, 3, 2, 1)  # None: nothing is recomputed
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the blocks that leave the device
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One choice. `interval` None: without gradient checkpointing."""
+    """One choice. `interval` None: without gradient checkpointing. `parts`: in which a batch is made, one after the
+    other."""
 
     precision: str
     interval: int | None
     keeps_product: bool = False
+    parts: int = 1
     swapped: int = 0
 
     def applied(self, plan: PlanInput) -> PlanInput:
@@ -47,6 +52,9 @@ class Rung:
             checkpointing=self.interval is not None,
             interval=self.interval or 1,
             keeps_product=self.keeps_product,
+            train=replace(plan.train, count=plan.train.count // self.parts),
+            is_mixed=plan.is_mixed and plan.train.count > self.parts,
+            accumulation=plan.accumulation * self.parts,
         )
         return replace(changed, offload=Offload(blocks=self.swapped, overlap=True)) if self.swapped else changed
 
@@ -61,6 +69,16 @@ class Rung:
             found["gradient_checkpointing_interval"] = self.interval
             found[_KEEP] = "product" if self.keeps_product else "input"
         return {**found, _SWAP: self.swapped} if self.swapped else found
+
+    def batch_values(self, config: Config) -> dict[str, object]:
+        """As options: what becomes of the batch."""
+        if self.parts == 1:
+            return {}
+        optimizer = config.optimizer
+        return {
+            _BATCH: optimizer.train_batch_size // self.parts,
+            _ACCUMULATION: optimizer.gradient_accumulation_steps * self.parts,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +114,9 @@ def planned(loaded: LoadedConfig, machine: Machine | None = None) -> Planned:
     fixed = {name: loaded.config.option(name) for name in options() if was_set(name, loaded.origins)}
     if fixed.get(_KEEP) == "auto":
         del fixed[_KEEP]
+    batch = loaded.config.optimizer.train_batch_size
+    if any(dataset.train_batch_size != batch for dataset in loaded.datasets.images):
+        fixed[_ACCUMULATION] = loaded.config.optimizer.gradient_accumulation_steps
     rungs = list(ladder(asked, fixed))
     rung = choose(asked, rungs, budget_bytes)
     values = {**rung.values, **_text_precision(asked, fixed, budget_bytes)}
@@ -104,10 +125,15 @@ def planned(loaded: LoadedConfig, machine: Machine | None = None) -> Planned:
         for name, value in values.items()
         if name not in fixed and loaded.config.option(name) != value
     )
+    choices += tuple(
+        Choice(option=name, before=loaded.config.option(name), after=value)
+        for name, value in rung.batch_values(loaded.config).items()
+    )
     chosen = {choice.option: choice.after for choice in choices}
     result = replace(
         loaded,
         config=with_options(loaded.config, chosen),
+        datasets=_with_batch(loaded.datasets, chosen),
         origins={**loaded.origins, **dict.fromkeys(chosen, PLAN_ORIGIN)},
     )
     after = plan_input(result.config, result.datasets, machine)
@@ -130,13 +156,16 @@ def ladder(plan: PlanInput, fixed: dict[str, object]) -> Iterator[Rung]:
             for interval in intervals
             for keeps in ((False,) if interval is None else _keeps(fixed))
         ]
-        yield from sorted(whole, key=lambda rung: step_flops(rung.applied(plan)).step)
+        parts = _parts(plan, fixed)
+        for rung in sorted(whole, key=lambda rung: step_flops(rung.applied(plan)).step):
+            yield from (replace(rung, parts=count) for count in parts)
         is_whole = name == "no_change" and len(formats) > 1  # halved weights are quicker than whole ones that travel
         if _SWAP in options() and _SWAP not in fixed and plan.device == "cuda" and not is_whole:
             for share in _SHARES if PRECISIONS[name].offloadable else ():
                 swapped = round(share * (plan.sizes.transformer.n_layers - 1))
                 keeps = _keeps(fixed)[-1]
-                yield Rung(precision=name, interval=intervals[-1], keeps_product=keeps, swapped=swapped)
+                last = Rung(precision=name, interval=intervals[-1], keeps_product=keeps, parts=parts[-1])
+                yield replace(last, swapped=swapped)
 
 
 def choose(plan: PlanInput, rungs: list[Rung], budget_bytes: int) -> Rung:
@@ -156,9 +185,25 @@ def with_options(config: Config, values: dict[str, object]) -> Config:
     return config.model_copy(update=changed)
 
 
+def _parts(plan: PlanInput, fixed: dict[str, object]) -> tuple[int, ...]:
+    """In how many parts a batch may be made, all at once first."""
+    if _BATCH not in fixed or _ACCUMULATION in fixed:
+        return (1,)
+    batch = plan.train.count
+    return tuple(count for count in range(1, batch + 1) if batch % count == 0)
+
+
 def _keeps(fixed: dict[str, object]) -> tuple[bool, ...]:
     """Whether recomputed blocks keep a product: what may be chosen, what takes least memory last."""
     return (True, False) if _KEEP not in fixed else (fixed[_KEEP] == "product",)
+
+
+def _with_batch(datasets: DatasetsConfig, chosen: dict[str, object]) -> DatasetsConfig:
+    """The datasets, which all have the batch size of the run, with another one."""
+    if _BATCH not in chosen:
+        return datasets
+    changed = tuple(dataset.model_copy(update={_BATCH: chosen[_BATCH]}) for dataset in datasets.images)
+    return replace(datasets, images=changed)
 
 
 def _allowed(interval: int | None, fixed: dict[str, object]) -> bool:
