@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from simpletuner.optim.bucketed import VALUES, Bucket, BucketedOptimizer, pieces, rest_of
+from simpletuner.optim.bucketed import VALUES, Bucket, BucketedOptimizer, rest_of
 from simpletuner.optim.rounding import Dither
 
 _FUSED = ("cpu", "cuda", "mps", "xpu")  # devices for which torch has the update as one kernel
@@ -64,8 +64,8 @@ class AdamWBf16(BucketedOptimizer):
         adamw(
             values,
             grads,
-            pieces(mean, values),
-            pieces(square, values),
+            bucket.pieces(mean, values),
+            bucket.pieces(square, values),
             max_exp_avg_sqs=[],
             state_steps=list(torch.full((len(values),), bucket.step - 1.0, device=mean.device)),
             fused=mean.device.type in _FUSED,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -30,6 +30,21 @@ def rest_of(name: str) -> str:
     return f"{name}_rest"
 
 
+class Scratch:
+    """float32 rows in which the buckets of a CPU are updated one after the other: there, new memory and new views for
+    each of many small tensors take longer than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Tensor] = {}
+
+    def row(self, name: str, count: int) -> Tensor:
+        """[count], with whatever was left in it."""
+        row = self._rows.get(name)
+        if row is None or len(row) < count:
+            row = self._rows[name] = torch.empty(count)
+        return row[:count]
+
+
 @dataclass(kw_only=True)
 class Bucket:
     """Parameters of one group that share device, dtype and step count, with their states laid end to end."""
@@ -38,6 +53,8 @@ class Bucket:
     hyper: Mapping[str, Any]  # the parameter group: "lr" and the optimizer's own settings
     step: int  # updates so far
     rows: dict[str, Tensor]  # state name -> [sum of the parameters' sizes]
+    scratch: Scratch | None = None
+    _cuts: dict[tuple[int, int], list[Tensor]] = field(default_factory=dict)
 
     def operands(self) -> tuple[list[Tensor], list[Tensor]]:
         """Values and gradients in float32, in the buckets' order: the tensors themselves where they are float32, else
@@ -67,9 +84,23 @@ class Bucket:
         row = self.rows[name]
         row.copy_(self._rounded(name, values, dither) if row.dtype == torch.bfloat16 else values)
 
+    def pieces(self, row: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+        """Cut a row of `state` into views with the shapes of the `values` of `operands`."""
+        if self.scratch is None:
+            return pieces(row, values)
+        key = (row.data_ptr(), len(values))
+        cut = self._cuts.get(key)
+        if cut is None:
+            cut = self._cuts[key] = pieces(row, values)
+        return cut
+
     def _with_rest(self, name: str, row: Tensor) -> Tensor:
         rest = self.rows.get(rest_of(name))
-        return row.float() if rest is None else row.float().add_(rest)
+        if self.scratch is not None and row.dtype != torch.float32:
+            values = self.scratch.row(name, len(row)).copy_(row)
+        else:
+            values = row.float()
+        return values if rest is None else values.add_(rest)
 
     def _rounded(self, name: str, values: Tensor, dither: Dither | None) -> Tensor:
         if dither is not None:
@@ -106,6 +137,7 @@ class BucketedOptimizer(torch.optim.Optimizer):
         self.seed = seed
         self._buckets: list[Bucket] = []
         self._lattices: dict[torch.device, Tensor] = {}
+        self._scratch = Scratch()
         super().__init__(params, defaults)
 
     def state_names(self, param: nn.Parameter) -> tuple[str, ...]:
@@ -181,7 +213,8 @@ class BucketedOptimizer(torch.optim.Optimizer):
             for state, view in zip(states, pieces(rows[name], params), strict=True):
                 state[name] = view
         step = states[0].get("step", 0)
-        return Bucket(params=params, hyper=group, step=step, rows=rows)
+        scratch = self._scratch if params[0].device.type == "cpu" else None
+        return Bucket(params=params, hyper=group, step=step, rows=rows, scratch=scratch)
 
 
 def _runs(params: Sequence[nn.Parameter], keys: Sequence[Hashable]) -> Iterator[list[nn.Parameter]]:

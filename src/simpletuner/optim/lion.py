@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from simpletuner.optim.bucketed import Bucket, BucketedOptimizer, pieces
+from simpletuner.optim.bucketed import Bucket, BucketedOptimizer
 from simpletuner.optim.rounding import Dither
 
 
@@ -40,7 +40,7 @@ class Lion(BucketedOptimizer):
         beta1, beta2 = bucket.hyper["betas"]
         momentum = bucket.state("exp_avg")
         values, grads = bucket.operands()
-        momenta = pieces(momentum, values)
+        momenta = bucket.pieces(momentum, values)
         directions = torch._foreach_lerp(momenta, grads, 1 - beta1)
         torch._foreach_sign_(directions)
         torch._foreach_mul_(values, 1 - lr * weight_decay)
