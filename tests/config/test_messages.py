@@ -76,7 +76,6 @@ OPTIONS = {
         {"flow_schedule_shift": 2, "flow_schedule_auto_shift": True, "model_flavour": "base"},
         ["flow_schedule_auto_shift", "flow_schedule_shift = 2"],
     ),
-    "W-SIGMOID-UNREAD": ({"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2}, ["flow_sigmoid_scale"]),
     "W-GUIDANCE": ({"validation_guidance": 7.5, "validation_disable": False}, ["validation_guidance = 7.5", "0", "1"]),
     "W-STEPS": (
         {"validation_num_inference_steps": 4, "validation_disable": False},

@@ -40,7 +40,7 @@ from simpletuner.optim.schedules import ScheduleSettings
 from simpletuner.optim.settings import OptimizerSettings
 from simpletuner.train.context import ContextCache
 from simpletuner.train.device import Compute
-from simpletuner.train.flow import FlowSettings
+from simpletuner.train.flow_options import flow_settings, loss_settings, noise_settings
 from simpletuner.train.load import load_trained_model
 from simpletuner.train.recompute import apply_recomputation
 from simpletuner.train.step import StepSettings
@@ -222,16 +222,12 @@ def schedule_settings(config: Config) -> ScheduleSettings:
 
 def step_settings(config: Config, *, rank: int) -> StepSettings:
     """What a step takes from the options."""
-    flow = FlowSettings(
-        sigmoid_scale=config.flow.flow_sigmoid_scale,
-        uniform=config.flow.flow_use_uniform_schedule,
-        shift=config.flow.flow_schedule_shift,
-        auto_shift=config.flow.flow_schedule_auto_shift,
-    )
     return StepSettings(
         seed=config.run.seed,
         rank=rank,
-        flow=flow,
+        flow=flow_settings(config.flow),
+        noise=noise_settings(config.flow),
+        loss=loss_settings(config.flow),
         max_grad_norm=config.optimizer.max_grad_norm,
         clip_by_value=config.optimizer.grad_clip_method == "value",
         latents_per_token=Z_IMAGE.latents_per_token,

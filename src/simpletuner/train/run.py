@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,6 +200,7 @@ class _Run:
             start=start_step * config.optimizer.gradient_accumulation_steps,
             device=compute.device,
             prefetch=config.data.dataloader_prefetch_qlen if config.data.dataloader_prefetch else 0,
+            sigma_offsets={one.id: one.timestep_sampling_offset for one in self._loaded.datasets.images},
         )
 
         def validate(step: int) -> None:
@@ -429,9 +430,15 @@ class _Steering:
 
 
 def micro_batches(
-    sampler: Sampler, latents: Latents, *, start: int, device: torch.device, prefetch: int
+    sampler: Sampler,
+    latents: Latents,
+    *,
+    start: int,
+    device: torch.device,
+    prefetch: int,
+    sigma_offsets: Mapping[str, float],
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches from number `start` on, without end, on `device`."""
+    """This rank's micro-batches from number `start` on, without end, on `device`; `sigma_offsets` by dataset."""
     batches = iterate_batches(sampler, latents, start=start, prefetch=prefetch)
     for index, batch in enumerate(batches, start):
         yield MicroBatch(
@@ -440,6 +447,8 @@ def micro_batches(
             prompts=batch.prompts,
             is_regularisation=batch.is_regularisation,
             names=[sample.record.key for sample in batch.samples],
+            dataset=batch.dataset_id,
+            sigma_offset=sigma_offsets[batch.dataset_id],
         )
 
 
