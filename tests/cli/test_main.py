@@ -29,7 +29,7 @@ def in_a_process(*argv, cwd):
     """
     code = (
         "import sys, time\n"
-        "from simpletuner.cli.main import COMMANDS, main\n"
+        "from simpletuner.cli.main import main\n"
         f"status = main({list(argv)!r})\n"
         "print('HEAVY', sorted({'torch', 'numpy', 'PIL', 'transformers'} & set(sys.modules)))\n"
         "print('SECONDS', time.process_time())\n"
@@ -151,7 +151,7 @@ def test_ctrl_c_is_quiet(monkeypatch, capsys):
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):
-    code = "import sys; from simpletuner.cli.main import COMMANDS, main; sys.exit(main(['train', '--help-all']))"
+    code = "import sys; from simpletuner.cli.main import main; sys.exit(main(['train', '--help-all']))"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
     ) as process:

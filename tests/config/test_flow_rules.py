@@ -19,6 +19,8 @@ CASES = {
         {"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2},
         ["flow_sigmoid_scale", "flow_use_uniform_schedule"],
     ),
+    "E-EMA-TWICE": ({"use_ema": True, "optimizer": "adamw_schedulefree"}, ["adamw_schedulefree", "use_ema"]),
+    "W-EMA-UNREAD": ({"ema_decay": 0.9, "ema_validation": "none"}, ["ema_decay, ema_validation", "use_ema=true"]),
     "W-FLOW-UNREAD": ({"huber_c": 0.5, "noise_offset": 0.2}, ["huber_c, noise_offset", "loss_type=huber"]),
 }
 

@@ -59,7 +59,7 @@ _SPEED_FLAGS = """
 """
 _SPEED_VALUES = "attention_mechanism=diffusers sageattention_usage dynamo_backend dynamo_mode"
 _OTHER_FLAGS = """
-    use_ema ema_cpu_only ema_foreach_disable i_know_what_i_am_doing seed_for_each_device=true trust_remote_code
+    i_know_what_i_am_doing seed_for_each_device=true trust_remote_code
     delete_model_after_load strict_epoch_limit ignore_final_epochs validation_prompt_library validation_preview
     validation_randomize validation_disable_unconditional=true validation_using_datasets eval_loss_disable
     enable_watermark override_dataset_config allow_dataset_oversubscription disable_bucket_pruning
@@ -73,7 +73,7 @@ _OTHER_FLAGS = """
     fsdp_limit_all_gathers fsdp_activation_checkpointing use_soft_min_snr rescale_betas_zero_snr
 """
 _OTHER_VALUES = """
-    ema_device=cpu ema_update_interval ema_decay ema_warmup_steps ema_validation lycoris_config lora_format
+    lycoris_config lora_format
     init_lora_step init_lora_ema validation_lycoris_strength gradient_precision
     masked_loss_probability=1,1.0 mixflow_gamma
     scheduled_sampling_strategy scheduled_sampling_prob_start scheduled_sampling_prob_end
