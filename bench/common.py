@@ -113,7 +113,7 @@ def training_step(
     settings = StepSettings(
         seed=0,
         rank=0,
-        flow=FlowSettings(sigmoid_scale=1.0, uniform=False, shift=3.0, auto_shift=False),
+        flow=FlowSettings(shift=3.0),
         max_grad_norm=1.0,
         clip_by_value=False,
         latents_per_token=Z_IMAGE.latents_per_token,

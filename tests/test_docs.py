@@ -21,7 +21,7 @@ import pytest
 
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.catalog.optimizers import OPTIMIZER_SPELLINGS, OPTIMIZERS, REFUSED_OPTIMIZERS
-from simpletuner.cli import runs
+from simpletuner.cli import plot, runs
 from simpletuner.cli.help import explain
 from simpletuner.cli.main import COMMANDS
 from simpletuner.config.argv import parse_arguments
@@ -157,6 +157,9 @@ def check_command(words: list[str]) -> None:
     elif command == "config" and rest[:1] == ["explain"]:
         assert all(explain(word, "en") for word in rest[1:]), words
     elif rest and rest != ["--help"]:
+        if command == "plot":
+            assert rest[0] == "schedule", words
+            _, _, rest = plot.own_words(rest[1:])
         if command == "estimate":
             rest = [word for word in rest if word != "--json"]
         check_options(check_config_action(rest) if command == "config" else rest)

@@ -30,7 +30,7 @@ OPTIONS = {
     "E-NOT-YET": ({"use_dora": True}, ["use_dora = true"]),
     "W-NOT-YET-MEMORY": ({"fsdp_enable": True, "deepspeed_config": "zero2"}, ["fsdp_enable, deepspeed_config"]),
     "W-NOT-YET-SPEED": ({"fuse_qkv_projections": True}, ["fuse_qkv_projections"]),
-    "W-NOT-YET-OTHER": ({"use_ema": "true"}, ["use_ema"]),
+    "W-NOT-YET-OTHER": ({"print_filenames": "true"}, ["print_filenames"]),
     "E-VALUE-NOT-YET": ({"lora_type": "lycoris"}, ["lora_type = lycoris", "standard"]),
     "E-PRECISION-COARSE": ({"base_model_precision": "int2-quanto"}, ["int2-quanto", "nf4-bnb"]),
     "E-PRECISION-FORMAT": ({"base_model_precision": "fp8-native"}, ["fp8-native", "fp8wo-torchao"]),
@@ -76,7 +76,6 @@ OPTIONS = {
         {"flow_schedule_shift": 2, "flow_schedule_auto_shift": True, "model_flavour": "base"},
         ["flow_schedule_auto_shift", "flow_schedule_shift = 2"],
     ),
-    "W-SIGMOID-UNREAD": ({"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2}, ["flow_sigmoid_scale"]),
     "W-GUIDANCE": ({"validation_guidance": 7.5, "validation_disable": False}, ["validation_guidance = 7.5", "0", "1"]),
     "W-STEPS": (
         {"validation_num_inference_steps": 4, "validation_disable": False},

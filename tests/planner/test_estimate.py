@@ -191,3 +191,19 @@ def test_automatic_recomputation_and_inputs_on_the_host(load_example):
     saved = whole.device_bytes - moved.device_bytes
     assert 0.6 * GB < saved < 1.0 * GB  # gradients come in their place
     assert moved.host_bytes - whole.host_bytes > saved
+
+
+@pytest.mark.parametrize("place", ["cpu", "accelerator"])
+def test_an_average_of_the_weights_is_counted_where_it_is(load_example, place):
+    found = []
+    for words in ((), ("--use_ema=true", f"--ema_device={place}")):
+        loaded = load_example("z-image-turbo.lora-24gb", *words)
+        found.append(estimate(loaded.config, loaded.datasets, CARD))
+    plain, averaged = found
+    size = plain.num_params * 4
+    on_device, on_host = (size, 0) if place == "accelerator" else (0, size)
+    for name, device, host in (("training", on_device, on_host), ("validation", on_device + size, on_host)):
+        before, after = plain.memory.phase(name), averaged.memory.phase(name)
+        assert after.device_bytes - before.device_bytes == device
+        assert after.host_bytes - before.host_bytes == host
+    assert averaged.disk["result"] - plain.disk["result"] == size

@@ -1,63 +1,22 @@
-"""Laws of the flow: interpolation, target, noise-level density."""
+"""Laws of the flow: interpolation, target, noise, loss. `test_sigma_law` has the noise levels."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 
 from simpletuner.train.flow import (
-    FlowSettings,
+    LossSettings,
+    NoiseSettings,
     add_noise,
-    auto_shift,
     draw_noise,
-    draw_sigma,
     flow_loss,
     flow_targets,
+    perturbed,
 )
 from simpletuner.train.seeds import derive_seed, generator
 
-COUNT = 20_000
-
-
-def sigmas(settings: FlowSettings, tokens: int = 256) -> torch.Tensor:
-    return draw_sigma(settings, [tokens] * COUNT, generator(0, "test"))
-
-
-def kolmogorov_smirnov(samples: torch.Tensor, cdf) -> float:
-    ordered = samples.double().sort().values
-    expected = cdf(ordered)
-    steps = torch.arange(1, len(ordered) + 1, dtype=torch.float64) / len(ordered)
-    return max((steps - expected).max().item(), (expected - steps + 1 / len(ordered)).max().item())
-
-
-def logit_normal_cdf(scale: float, shift: float):
-    """Shifting multiplies the odds of sigma by `shift`, so its logit moves by log(shift)."""
-
-    def cdf(sigma: torch.Tensor) -> torch.Tensor:
-        return 0.5 * (1 + torch.erf((torch.logit(sigma) - math.log(shift)) / (scale * math.sqrt(2))))
-
-    return cdf
-
-
-@pytest.mark.parametrize(("scale", "shift"), [(1.0, 1.0), (1.0, 3.0), (0.5, 6.0)])
-def test_sigma_is_logit_normal_and_shifted(scale, shift):
-    drawn = sigmas(FlowSettings(sigmoid_scale=scale, shift=shift))
-    assert kolmogorov_smirnov(drawn, logit_normal_cdf(scale, shift)) < 1.63 / math.sqrt(COUNT)  # 1 % level
-    assert drawn.min() > 0 and drawn.max() < 1
-
-
-def test_uniform_sigma_is_uniform():
-    assert kolmogorov_smirnov(sigmas(FlowSettings(uniform=True)), lambda s: s) < 1.63 / math.sqrt(COUNT)
-
-
-def test_auto_shift_depends_on_the_tokens_and_replaces_the_static_one():
-    for tokens in (256, 1024, 4096):
-        automatic = sigmas(FlowSettings(auto_shift=True, shift=99.0), tokens)
-        static = sigmas(FlowSettings(shift=auto_shift(tokens)), tokens)
-        assert torch.equal(automatic, static)
-    assert [round(auto_shift(edge**2 // 256), 2) for edge in (512, 768, 1024)] == [1.88, 2.33, 3.16]
+SIGMA_B = torch.tensor([0.2, 0.7])
 
 
 def test_noise_goes_from_clean_to_noise_with_constant_velocity():
@@ -73,15 +32,67 @@ def test_noise_goes_from_clean_to_noise_with_constant_velocity():
 
 def test_loss_is_zero_for_the_true_velocity_and_counts_every_sample_alone():
     target = [torch.randn(16, 8, 4), torch.randn(16, 2, 2)]
-    assert torch.equal(flow_loss(target, target), torch.zeros(2))
+    for kind in ("l2", "huber", "smooth_l1"):
+        assert torch.equal(flow_loss(target, target, SIGMA_B, LossSettings(kind=kind)), torch.zeros(2))
     off_by_two = [target[0] + 2, target[1]]
-    assert torch.allclose(flow_loss(off_by_two, target), torch.tensor([4.0, 0.0]))
+    assert torch.allclose(flow_loss(off_by_two, target, SIGMA_B), torch.tensor([4.0, 0.0]))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+def test_huber_is_square_near_zero_and_straight_far_away(kind, schedule):
+    settings = LossSettings(kind=kind, schedule=schedule, huber_c=0.1)
+    c_B = settings.c_at(SIGMA_B)
+    small, large = 1e-4, 1e4
+    zero = [torch.zeros(4, 2, 2)] * 2
+    scale_B = c_B if kind == "huber" else torch.ones(2)
+    near_B = flow_loss([torch.full((4, 2, 2), small)] * 2, zero, SIGMA_B, settings)
+    far_B = flow_loss([torch.full((4, 2, 2), large)] * 2, zero, SIGMA_B, settings)
+    assert torch.allclose(near_B, scale_B / c_B * small**2, rtol=1e-3)
+    assert torch.allclose(far_B, 2 * scale_B * large, rtol=1e-3)
+
+
+def test_c_goes_from_one_without_noise_to_huber_c_in_noise():
+    ends = torch.tensor([0.0, 1.0])
+    for schedule in ("exponential", "snr"):
+        settings = LossSettings(schedule=schedule, huber_c=0.1)
+        assert torch.allclose(settings.c_at(ends), torch.tensor([1.0, 0.1]))
+        inner = settings.c_at(torch.linspace(0, 1, 50))
+        assert (inner.diff() < 0).all()
+    assert torch.equal(LossSettings(schedule="constant", huber_c=0.3).c_at(ends), torch.tensor([0.3, 0.3]))
+
+
+def test_the_gradient_of_huber_is_finite_where_there_is_no_error():
+    predicted = torch.zeros(1, 2, 2, requires_grad=True)
+    flow_loss([predicted], [torch.zeros(1, 2, 2)], SIGMA_B[:1], LossSettings(kind="huber")).sum().backward()
+    assert torch.equal(predicted.grad, torch.zeros(1, 2, 2))
+
+
+def test_offset_noise_moves_whole_channels_and_as_often_as_asked():
+    latents = [torch.zeros(3, 8, 8)] * 200
+    plain = draw_noise(latents, generator(0, "noise"))
+    moved = draw_noise(latents, generator(0, "noise"), NoiseSettings(offset=0.5, offset_probability=0.25))
+    moves = [b - a for a, b in zip(plain, moved, strict=True)]
+    assert all(move.std(dim=(1, 2)).max() < 1e-6 for move in moves)
+    touched = sum(move.abs().max() > 0 for move in moves)
+    assert 30 <= touched <= 70
+    means = torch.stack([move[:, 0, 0] for move in moves if move.abs().max() > 0])
+    assert means.std().item() == pytest.approx(0.5, rel=0.2)
+
+
+def test_perturbation_adds_its_share_of_noise_and_fades():
+    noise = draw_noise([torch.zeros(16, 32, 32)], generator(0, "noise"))
+    extra = perturbed(noise, 0.3, generator(0, "more"))[0] - noise[0]
+    assert extra.std().item() == pytest.approx(0.3, rel=0.02)
+    settings = NoiseSettings(perturbation=0.2, perturbation_steps=10)
+    assert [settings.perturbation_at(step) for step in (0, 5, 10, 11)] == pytest.approx([0.2, 0.1, 0.0, 0.0])
+    assert NoiseSettings(perturbation=0.2).perturbation_at(10**6) == 0.2
 
 
 def test_half_precision_predictions_are_compared_in_float32():
     target = [torch.full((1, 2, 2), 1.0)]
     predicted = [torch.full((1, 2, 2), 1.0078125, dtype=torch.bfloat16)]
-    assert flow_loss(predicted, target).item() == pytest.approx(0.0078125**2)
+    assert flow_loss(predicted, target, SIGMA_B[:1]).item() == pytest.approx(0.0078125**2)
 
 
 def test_seeds_depend_on_every_part_of_their_path_and_nothing_else():

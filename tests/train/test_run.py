@@ -89,7 +89,9 @@ def test_half_precision_is_used_only_where_it_is_fast():
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_loss_that_is_not_finite_names_where_it_happened(language):
-    problem = Problem(code="E-NAN-LOSS", params={"batch": 3, "files": "cat.png", "sigmas": "0.500"})
+    problem = Problem(
+        code="E-NAN-LOSS", params={"step": 4, "dataset": "a", "batch": 3, "files": "cat.png", "sigmas": "0.500"}
+    )
     title, hint = render_problem(problem, language)
     assert "cat.png" in title
     assert "0.500" in title

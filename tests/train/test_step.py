@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from simpletuner.i18n import render_problem
 from simpletuner.problems import SimpletunerError
 from simpletuner.train.flow import FlowSettings
 from simpletuner.train.step import MicroBatch, StepSettings, train_step
@@ -35,6 +36,7 @@ def micro_batch(index: int, count: int = 2, *, regularisation: bool = False) -> 
         prompts=[""] * count,
         is_regularisation=regularisation,
         names=[f"image-{index}-{i}.png" for i in range(count)],
+        dataset="subject",
     )
 
 
@@ -78,10 +80,10 @@ def test_accumulated_micro_batches_equal_their_mean_gradient():
     moves = []
     for batch in batches:
         model = Model()
-        model.step([batch])
+        model.step([batch], flow=FlowSettings(stratified=False))
         moves.append(model.weight.item() - 0.3)
     together = Model()
-    result = together.step(batches)
+    result = together.step(batches, flow=FlowSettings(stratified=False))
     assert together.weight.item() - 0.3 == pytest.approx(sum(moves) / 3, rel=1e-5)
     assert result.num_samples == 6
 
@@ -126,12 +128,12 @@ def test_regularisation_samples_train_towards_the_model_without_its_adapter():
     assert math.isnan(Model().step([micro_batch(0)]).regularisation_loss)
 
 
-@pytest.mark.parametrize("broken", ["loss", "gradient"])
+@pytest.mark.parametrize("broken", ["loss", "infinite loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_anything_moves(broken):
     model = Model()
 
     def predict(latents, sigma_B, prompts):
-        factor = torch.tensor(math.nan) if broken == "loss" else torch.tensor(0.0)
+        factor = torch.tensor({"loss": math.nan, "infinite loss": math.inf}.get(broken, 0.0))
         extra = torch.sqrt(model.weight * 0) if broken == "gradient" else factor
         return [model.weight * x + extra for x in latents]
 
@@ -142,4 +144,19 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_anything_moves(broke
     (problem,) = caught.value.problems
     assert problem.code == "E-NAN-LOSS"
     assert "image-7-0.png" in str(problem.params["files"])
-    assert problem.params["batch"] == 7
+    told = {"batch": 7, "step": 8, "dataset": "subject"}
+    assert {name: problem.params[name] for name in told} == told
+    assert len(str(problem.params["sigmas"]).split(", ")) == 2
+    for language in ("en", "es"):
+        words = render_problem(problem, language)[0]
+        assert all(str(word) in words for word in (8, "subject", "image-7-1.png", problem.params["sigmas"]))
+
+
+def test_what_was_not_finite_is_looked_for_in_every_micro_batch_of_the_step():
+    model = Model()
+    model.predict = lambda latents, sigma_B, prompts: [model.weight * x + torch.sqrt(model.weight * 0) for x in latents]
+    with pytest.raises(SimpletunerError) as caught:
+        model.step([micro_batch(6), micro_batch(7)])
+    params = caught.value.problems[0].params
+    assert all(name in str(params["files"]) for name in ("image-6-0.png", "image-7-1.png"))
+    assert (params["step"], len(str(params["sigmas"]).split(", "))) == (4, 4)

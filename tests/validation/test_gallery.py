@@ -13,9 +13,9 @@ def request(text="a cat", seed=1, size=(32, 16)) -> ImageRequest:
     return ImageRequest(prompt=Prompt(id="cat", text=text), size=size, seed=seed, index=0)
 
 
-def add(gallery, wanted, step, colour):
+def add(gallery, wanted, step, colour, *, is_averaged=False):
     entry = GalleryEntry(
-        file=gallery.path_for(wanted, step).name,
+        file=gallery.path_for(wanted, step, is_averaged=is_averaged).name,
         step=step,
         prompt_id=wanted.prompt.id,
         prompt=wanted.prompt.text,
@@ -27,6 +27,7 @@ def add(gallery, wanted, step, colour):
         num_inference_steps=8,
         shift=3.0,
         adapter_strength=1.0,
+        is_averaged=is_averaged,
     )
     return gallery.add(Image.new("RGB", wanted.size, colour), entry), entry
 
@@ -64,6 +65,17 @@ def test_the_sheet_shows_each_step_in_its_column(tmp_path):
         pixels = sheet.convert("RGB")
         colours = [pixels.getpixel((x, 60)) for x in (100, 364)]
     assert colours == [(200, 0, 0), (0, 0, 200)]
+
+
+def test_averaged_weights_have_files_and_a_column_of_their_own(tmp_path):
+    gallery = Gallery(tmp_path)
+    add(gallery, request(), 10, (200, 0, 0))
+    path, entry = add(gallery, request(), 10, (0, 0, 200), is_averaged=True)
+    assert path.stem.endswith("_ema") and len(gallery.entries()) == 2 and gallery.entries()[1] == entry
+    gallery.write_contact_sheet({"step 10": 10, "step 10 EMA": 10}, [request()], averaged=("step 10 EMA",))
+    with Image.open(gallery.sheet) as sheet:
+        pixels = sheet.convert("RGB")
+        assert [pixels.getpixel((x, 60)) for x in (100, 364)] == [(200, 0, 0), (0, 0, 200)]
 
 
 def test_no_image_no_sheet(tmp_path):

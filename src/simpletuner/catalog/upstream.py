@@ -32,14 +32,14 @@ class UpstreamOption:
 
 
 _RESULT_FLAGS = """
-    controlnet control use_dora slider_lora_target flow_use_beta_schedule mixflow_enabled offset_noise
+    controlnet control use_dora slider_lora_target mixflow_enabled
     train_text_encoder xm_enabled nextlat_enabled irepa_enabled crepa_enabled layersync_enabled
     internal_guidance_enabled twinflow_enabled diff2flow_enabled tread_enabled lr_scale lr_scale_sqrt
 """
 _RESULT_VALUES = """
     peft_lora_mode=standard lora_init_type=default singlora_ramp_up_steps init_lokr_norm
-    flow_cubic_schedule_weights flow_custom_timesteps distillation_method distillation_config tread_config
-    diffusion_blocks_config input_perturbation timestep_bias_strategy scheduled_sampling_max_step_offset
+    distillation_method distillation_config tread_config
+    diffusion_blocks_config timestep_bias_strategy scheduled_sampling_max_step_offset
     scheduled_sampling_probability prediction_type=flow_matching 
     qwen_text_encoder_model_name_or_path
 """
@@ -59,7 +59,7 @@ _SPEED_FLAGS = """
 """
 _SPEED_VALUES = "attention_mechanism=diffusers sageattention_usage dynamo_backend dynamo_mode"
 _OTHER_FLAGS = """
-    use_ema ema_cpu_only ema_foreach_disable i_know_what_i_am_doing seed_for_each_device=true trust_remote_code
+    i_know_what_i_am_doing seed_for_each_device=true trust_remote_code
     delete_model_after_load strict_epoch_limit ignore_final_epochs validation_prompt_library validation_preview
     validation_randomize validation_disable_unconditional=true validation_using_datasets eval_loss_disable
     enable_watermark override_dataset_config allow_dataset_oversubscription disable_bucket_pruning
@@ -68,15 +68,14 @@ _OTHER_FLAGS = """
     delete_problematic_images delete_unwanted_images print_filenames print_sampler_statistics debug_aspect_buckets
     debug_dataset_loader push_checkpoints_to_hub push_to_hub_background model_card_private
     model_card_safe_for_work checkpointing_use_tempdir delete_invalid_checkpoints same_network
-    find_unused_parameters disable_segmented_timestep_sampling reflexflow validation_torch_compile
+    find_unused_parameters reflexflow validation_torch_compile
     disable_multiline_split skip_file_discovery fsdp_reshard_after_forward fsdp_cpu_ram_efficient_loading
     fsdp_limit_all_gathers fsdp_activation_checkpointing use_soft_min_snr rescale_betas_zero_snr
 """
 _OTHER_VALUES = """
-    ema_device=cpu ema_update_interval ema_decay ema_warmup_steps ema_validation lycoris_config lora_format
-    init_lora_step init_lora_ema validation_lycoris_strength gradient_precision huber_schedule huber_c
-    masked_loss_probability=1,1.0 input_perturbation_steps noise_offset noise_offset_probability
-    flow_beta_schedule_alpha flow_beta_schedule_beta flow_timesteps_mode mixflow_gamma
+    lycoris_config lora_format
+    init_lora_step init_lora_ema validation_lycoris_strength gradient_precision
+    masked_loss_probability=1,1.0 mixflow_gamma
     scheduled_sampling_strategy scheduled_sampling_prob_start scheduled_sampling_prob_end
     scheduled_sampling_ramp_steps scheduled_sampling_start_step scheduled_sampling_ramp_shape
     scheduled_sampling_sampler scheduled_sampling_order snr_gamma snr_weight timestep_bias_begin timestep_bias_end
@@ -124,7 +123,7 @@ UPSTREAM: Mapping[str, UpstreamOption] = MappingProxyType(
 """Options that this version lacks."""
 
 _DATASET_RESULT = """
-    caption_filter_list caption_shuffle slider_strength timestep_sampling_offset conditioning_data conditioning
+    caption_filter_list caption_shuffle slider_strength conditioning_data conditioning
     conditioning_type source_dataset_id start_epoch=1 start_step=1,0 end_epoch end_step disable_after_epoch_step
     image_embeds mask_type
 """

@@ -114,6 +114,9 @@ class ImageDataset(Section):
     train_batch_size: Annotated[int, Ge(1), Le(1024), Opt(unit="images")] = 1
     """Images in one forward pass."""
 
+    timestep_sampling_offset: Annotated[float, Ge(-10), Le(10), Opt(level="expert")] = 0.0
+    """Moves these images towards high noise (above 0) or low noise (below 0): it is added to the logit of sigma."""
+
     cache_dir_vae: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/vae/<id>")] = ""
     """Folder of the cached latents. {id}, {output_dir} and {model_family} are filled in."""
 

@@ -93,6 +93,31 @@ def averaging_replaces_a_falling_rate(c: Config, origins: Origins) -> Problem | 
     return Problem(code="W-OPTIMIZER-SCHEDULE", severity=_WARNING, params=params, fixes=fixes)
 
 
+@rule("use_ema", "optimizer")
+def one_average_is_enough(c: Config, origins: Origins) -> Problem | None:
+    optimizer = OPTIMIZERS.get(c.optimizer.optimizer)
+    if optimizer is None or not optimizer.averages_weights or not c.optimizer.use_ema:
+        return None
+    params = {"optimizer": optimizer.name}
+    return Problem(code="E-EMA-TWICE", params=params, fixes=(Fix(key="use_ema", value=False),))
+
+
+@rule(
+    "ema_decay",
+    "ema_update_interval",
+    "ema_warmup_steps",
+    "ema_device",
+    "ema_cpu_only",
+    "ema_foreach_disable",
+    "ema_validation",
+    "use_ema",
+)
+def ema_reads_what_is_set(c: Config, origins: Origins) -> Problem | None:
+    names = ("ema_decay", "ema_update_interval", "ema_warmup_steps", "ema_device", "ema_cpu_only")
+    reads = dict.fromkeys((*names, "ema_foreach_disable", "ema_validation"), c.optimizer.use_ema)
+    return _unread("W-EMA-UNREAD", reads, {}, c, origins)
+
+
 @limit("optimizer")
 def library_is_installed(c: Config, origins: Origins) -> Problem | None:
     optimizer = OPTIMIZERS.get(c.optimizer.optimizer)

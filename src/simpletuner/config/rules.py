@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSITORY
+from simpletuner.config.flow_rules import FLOW_RULES
 from simpletuner.config.offload_rules import OFFLOAD_RULES
 from simpletuner.config.optimizer_rules import OPTIMIZER_RULES
 from simpletuner.config.paths import is_file
@@ -94,13 +95,6 @@ def one_shift_at_a_time(c: Config, origins: Origins) -> Problem | None:
         return None
     params = {"value": f"{c.flow.flow_schedule_shift:g}"}
     return Problem(code="W-SHIFT-AUTO", severity=_WARNING, params=params)
-
-
-@rule("flow_sigmoid_scale", "flow_use_uniform_schedule")
-def uniform_has_no_scale(c: Config, origins: Origins) -> Problem | None:
-    if not c.flow.flow_use_uniform_schedule or not was_changed(c, "flow_sigmoid_scale", origins):
-        return None
-    return Problem(code="W-SIGMOID-UNREAD", severity=_WARNING)
 
 
 # Validation images
@@ -250,11 +244,6 @@ def lycoris_is_not_there_yet(c: Config, origins: Origins) -> Problem | None:
     return _beyond("lora_type", c.adapter.lora_type, "standard")
 
 
-@limit("loss_type")
-def loss_is_available(c: Config, origins: Origins) -> Problem | None:
-    return None if c.flow.loss_type == "l2" else _beyond("loss_type", c.flow.loss_type, "l2")
-
-
 @limit("num_processes")
 def one_process_only(c: Config, origins: Origins) -> Problem | None:
     return None if c.parallel.num_processes == 1 else _beyond("num_processes", c.parallel.num_processes, 1)
@@ -302,4 +291,4 @@ def _all_rules() -> Iterator[Rule]:
     yield from (value for value in list(globals().values()) if isinstance(value, Rule))
 
 
-RULES = (*_all_rules(), *OPTIMIZER_RULES, *PRECISION_RULES, *OFFLOAD_RULES)
+RULES = (*_all_rules(), *OPTIMIZER_RULES, *PRECISION_RULES, *OFFLOAD_RULES, *FLOW_RULES)

@@ -296,6 +296,7 @@ class ValidationImage(Event):
     guidance: float
     path: str
     seconds: float
+    is_averaged: bool = False  # of the moving average of the weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from simpletuner.hardware.space import Space
 from simpletuner.planner.blocks import adapter_params
 from simpletuner.planner.from_config import Machine, Observed, plan_input
 from simpletuner.planner.inputs import PlanInput
-from simpletuner.planner.memory import PHASES, RUNTIMES, Memory, PhaseName, estimate_memory
+from simpletuner.planner.memory import PHASES, RUNTIMES, Memory, PhaseName, average_bytes, estimate_memory
 from simpletuner.planner.records import (
     Measurement,
     correction,
@@ -166,7 +166,8 @@ def _with_slack(memory: Memory) -> int:
 
 def _disk(config: Config, plan: PlanInput, observed: Observed | None) -> dict[str, int]:
     params = adapter_params(plan, plan.adapter)
-    result = params * plan.adapter.weight_bytes
+    average = average_bytes(plan)
+    result = params * plan.adapter.weight_bytes + average
     limit, every, steps = (
         config.run.checkpoints_total_limit,
         config.run.checkpoint_step_interval,
@@ -175,7 +176,7 @@ def _disk(config: Config, plan: PlanInput, observed: Observed | None) -> dict[st
     count = 1 + (steps // every if every and steps else 0)
     kept = min(count, limit) if limit else count
     # While one is written, the oldest is still there.
-    checkpoints = (kept + 1) * (result + round(params * plan.state_bytes))
+    checkpoints = (kept + 1) * (result + average + round(params * plan.state_bytes))
     latent = plan.train.width_px * plan.train.height_px // 64 * plan.sizes.vae.latent_channels * 4
     num_images = observed.num_images if observed is not None else 0
     prompt = plan.train.caption_tokens * plan.sizes.text_encoder.hidden_size * plan.weight_bytes

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from simpletuner.catalog.modules import LORA_TARGETS
 from simpletuner.catalog.optimizers import OPTIMIZERS
@@ -110,7 +111,15 @@ def plan_input(
         keeps_vae=memory.keep_vae_loaded,
         vae_batch=config.data.vae_batch_size,
         tile_px=read_tile(config),
+        average=_average(config),
     )
+
+
+def _average(config: Config) -> Literal["device", "host"] | None:
+    optimizer = config.optimizer
+    if not optimizer.use_ema:
+        return None
+    return "host" if optimizer.ema_cpu_only or optimizer.ema_device == "cpu" else "device"
 
 
 def model_sizes(config: Config) -> ModelSizes:

@@ -71,7 +71,8 @@ class PlanInput:
     interval: one block in so many is recomputed. keep_bytes: what activations may take where the number of recomputed
     blocks follows from that; None: it follows from `interval`. keeps_product: recomputed blocks keep the output of
     their last linear layer beside their input. inputs_on_host: those of recomputed blocks wait in main
-    memory. tile_px: side of the VAE's tiles, None: whole images.
+    memory. tile_px: side of the VAE's tiles, None: whole images. average: where a moving average of the trained weights
+    is kept, None: there is none.
     """
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
@@ -100,6 +101,7 @@ class PlanInput:
     keeps_vae: bool = False
     vae_batch: int = 4
     tile_px: int | None = None
+    average: Literal["device", "host"] | None = None
 
 
 def padded(tokens: int) -> int:

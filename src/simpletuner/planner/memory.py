@@ -12,7 +12,7 @@ from simpletuner.planner.inputs import Picture, PlanInput, padded
 
 PartName = Literal[
     "runtime", "weights", "adapter", "optimizer", "gradients", "activations", "working", "contexts", "latents",
-    "text_encoder", "vae", "pictures",
+    "text_encoder", "vae", "pictures", "average",
 ]  # fmt: skip
 PhaseName = Literal["prompts", "latents", "training", "validation"]
 PHASES: tuple[PhaseName, ...] = ("prompts", "latents", "training", "validation")
@@ -207,8 +207,12 @@ def _training(plan: PlanInput) -> Phase:
         Part(name="activations", num_bytes=height.activations),
         Part(name="working", num_bytes=height.working + _holes(plan)),
         Part(name="contexts", num_bytes=_context_bytes(plan)),
+        Part(name="average", num_bytes=average_bytes(plan) if plan.average == "device" else 0),
     )
-    host = [Part(name="weights", num_bytes=held_weights(plan))]
+    host = [
+        Part(name="weights", num_bytes=held_weights(plan)),
+        Part(name="average", num_bytes=average_bytes(plan) if plan.average == "host" else 0),
+    ]
     if plan.inputs_on_host:
         recomputed = sum(_is_recomputed(plan, index) for index in range(plan.sizes.transformer.n_layers))
         host.append(Part(name="activations", num_bytes=recomputed * block_memory(plan).entry))
@@ -226,13 +230,19 @@ def _validation(plan: PlanInput, picture: Picture) -> Phase:
         Part(name="adapter", num_bytes=_adapter_bytes(plan)),
         Part(name="optimizer", num_bytes=round(params * plan.state_bytes)),
         Part(name="contexts", num_bytes=_context_bytes(plan)),
+        # While the average stands in for the weights, they wait beside it.
+        Part(name="average", num_bytes=average_bytes(plan) * (2 if plan.average == "device" else 1)),
     ]
     if decoding > forward:
         device.append(Part(name="vae", num_bytes=vae_weights(plan)))
         device.append(Part(name="pictures", num_bytes=decode_bytes(plan, picture)))
     else:
         device.append(Part(name="working", num_bytes=forward))
-    return Phase(name="validation", device=tuple(device), host=(Part(name="weights", num_bytes=held_weights(plan)),))
+    host = (
+        Part(name="weights", num_bytes=held_weights(plan)),
+        Part(name="average", num_bytes=average_bytes(plan) if plan.average == "host" else 0),
+    )
+    return Phase(name="validation", device=tuple(device), host=host)
 
 
 def _prompts(plan: PlanInput) -> Phase:
@@ -253,6 +263,11 @@ def _latents(plan: PlanInput) -> Phase:
     device = (Part(name="vae", num_bytes=vae_weights(plan)), Part(name="working", num_bytes=working))
     pictures = 3 * plan.vae_batch * pixels * (_FLOAT32 + 1)
     return Phase(name="latents", device=device, host=(Part(name="pictures", num_bytes=pictures),))
+
+
+def average_bytes(plan: PlanInput) -> int:
+    """Bytes of the moving average of the trained weights."""
+    return adapter_params(plan, plan.adapter) * _FLOAT32 if plan.average else 0
 
 
 def vae_weights(plan: PlanInput) -> int:

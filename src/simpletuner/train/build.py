@@ -36,11 +36,12 @@ from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.transformer import ZImageTransformer, velocity
 from simpletuner.optim.build import build_optimizer
+from simpletuner.optim.ema import EmaSettings, WeightAverage
 from simpletuner.optim.schedules import ScheduleSettings
 from simpletuner.optim.settings import OptimizerSettings
 from simpletuner.train.context import ContextCache
 from simpletuner.train.device import Compute
-from simpletuner.train.flow import FlowSettings
+from simpletuner.train.flow_options import flow_settings, loss_settings, noise_settings
 from simpletuner.train.load import load_trained_model
 from simpletuner.train.recompute import apply_recomputation
 from simpletuner.train.step import StepSettings
@@ -66,6 +67,7 @@ class Training:
     assistant: AssistantStrengths | None
     params: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    ema: WeightAverage | None
     compute: Compute
 
     def predict(self, latents: Sequence[Tensor], sigma_B: Tensor, prompts: Sequence[str]) -> list[Tensor]:
@@ -175,8 +177,24 @@ def build_training(
         lora=lora,
         params=params,
         optimizer=optimizer,
+        ema=weight_average(config, params, compute),
         compute=compute,
     )
+
+
+def weight_average(config: Config, params: Sequence[nn.Parameter], compute: Compute) -> WeightAverage | None:
+    """The moving average of what is trained, if there is to be one."""
+    options = config.optimizer
+    if not options.use_ema:
+        return None
+    on_cpu = options.ema_cpu_only or options.ema_device == "cpu"
+    settings = EmaSettings(
+        decay=options.ema_decay,
+        interval=options.ema_update_interval,
+        warmup_steps=options.ema_warmup_steps,
+        foreach=not options.ema_foreach_disable,
+    )
+    return WeightAverage(params, settings, device=torch.device("cpu") if on_cpu else compute.device)
 
 
 def lora_settings(config: Config) -> LoraSettings:
@@ -222,16 +240,12 @@ def schedule_settings(config: Config) -> ScheduleSettings:
 
 def step_settings(config: Config, *, rank: int) -> StepSettings:
     """What a step takes from the options."""
-    flow = FlowSettings(
-        sigmoid_scale=config.flow.flow_sigmoid_scale,
-        uniform=config.flow.flow_use_uniform_schedule,
-        shift=config.flow.flow_schedule_shift,
-        auto_shift=config.flow.flow_schedule_auto_shift,
-    )
     return StepSettings(
         seed=config.run.seed,
         rank=rank,
-        flow=flow,
+        flow=flow_settings(config.flow),
+        noise=noise_settings(config.flow),
+        loss=loss_settings(config.flow),
         max_grad_norm=config.optimizer.max_grad_norm,
         clip_by_value=config.optimizer.grad_clip_method == "value",
         latents_per_token=Z_IMAGE.latents_per_token,

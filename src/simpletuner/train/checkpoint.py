@@ -3,6 +3,7 @@
     checkpoint-<step>/
       pytorch_lora_weights.safetensors   the adapter, float32; loads in diffusers and ComfyUI like the final result
       optimizer.pt                       the optimizer's state_dict
+      pytorch_lora_weights_ema.safetensors, ema.pt   with use_ema: the averaged adapter, and the average itself
       training_state.json                step, what decides the next steps, and every file's size; written last
 
 A checkpoint is built in a hidden sibling folder, flushed to disk and renamed. One that is found is checked against
@@ -16,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,8 +27,18 @@ from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save
 from simpletuner.events.oserrors import os_errors_as_problems
 from simpletuner.train.resume import STATE_FILE_NAME, Checkpoint, Recipe, find_checkpoints
 
+EMA_LORA_FILE_NAME = LORA_FILE_NAME.replace(".", "_ema.")
 _OPTIMIZER_FILE_NAME = "optimizer.pt"
+_EMA_FILE_NAME = "ema.pt"
 _STATE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Averaged:
+    """A moving average to be saved: as an adapter, and as `WeightAverage` goes on from it."""
+
+    adapter: Mapping[str, Tensor]
+    state: Mapping[str, object]
 
 
 def save_checkpoint(
@@ -38,6 +49,7 @@ def save_checkpoint(
     adapter: Mapping[str, Tensor],
     info: LoraInfo,
     optimizer_state: Mapping[str, object],
+    averaged: Averaged | None = None,
 ) -> Checkpoint:
     """Write `checkpoint-<step>`, replacing one of the same step.
 
@@ -50,6 +62,9 @@ def save_checkpoint(
         try:
             save_lora(building / LORA_FILE_NAME, adapter, info)
             torch.save(dict(optimizer_state), building / _OPTIMIZER_FILE_NAME)
+            if averaged is not None:
+                save_lora(building / EMA_LORA_FILE_NAME, averaged.adapter, info)
+                torch.save(dict(averaged.state), building / _EMA_FILE_NAME)
             sizes = {path.name: path.stat().st_size for path in building.iterdir()}
             state = {"version": _STATE_VERSION, "step": step, "recipe": asdict(recipe), "files": sizes}
             (building / STATE_FILE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -74,6 +89,15 @@ def load_adapter(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
 def load_optimizer_state(checkpoint: Checkpoint) -> dict[str, object]:
     """The optimizer's state_dict, on the CPU."""
     path = checkpoint.path / _OPTIMIZER_FILE_NAME
+    state: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def load_average(checkpoint: Checkpoint) -> dict[str, object] | None:
+    """The state of the moving average, on the CPU; None if there was none."""
+    path = checkpoint.path / _EMA_FILE_NAME
+    if not path.is_file():
+        return None
     state: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 

@@ -75,11 +75,17 @@ class Validator:
             self._make(missing, step=0)
 
     def show(self, step: int) -> None:
-        """Make the images of the model after `step` updates."""
-        if self._requests:
+        """Make the images of the model after `step` updates, of its averaged weights too where both are wanted."""
+        if not self._requests:
+            return
+        ema, wanted = self._training.ema, self._config.validation.ema_validation
+        if ema is None or wanted != "ema_only":
             self._make(self._requests, step=step)
+        if ema is not None and wanted != "none" and not self._stop.level:
+            with ema.within():
+                self._make(self._requests, step=step, is_averaged=True)
 
-    def _make(self, requests: Sequence[ImageRequest], *, step: int) -> None:
+    def _make(self, requests: Sequence[ImageRequest], *, step: int, is_averaged: bool = False) -> None:
         training = self._training
         was_training = training.transformer.training
         training.transformer.eval()
@@ -102,6 +108,7 @@ class Validator:
                     step=step,
                     heading=self._headings,
                     with_adapter=step > 0,
+                    is_averaged=is_averaged,
                     engine=self._engine(),
                     settings=settings,
                     gallery=self._gallery,

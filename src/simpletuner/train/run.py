@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from simpletuner.optim.schedules import schedule_problems
 from simpletuner.optim.settings import state_layout
 from simpletuner.optim.state import averaged_weights, optimizer_state, restore_optimizer_
 from simpletuner.planner.estimate import Estimate
-from simpletuner.problems import ConfigError, ExitCode, Severity, SimpletunerError
+from simpletuner.problems import ConfigError, ExitCode, Problem, Severity, SimpletunerError
 from simpletuner.train.account import Account
 from simpletuner.train.build import (
     Training,
@@ -44,8 +44,11 @@ from simpletuner.train.build import (
     step_settings,
 )
 from simpletuner.train.checkpoint import (
+    EMA_LORA_FILE_NAME,
+    Averaged,
     delete_old_checkpoints,
     load_adapter,
+    load_average,
     load_optimizer_state,
     save_checkpoint,
     total_bytes,
@@ -190,6 +193,7 @@ class _Run:
                 training.load_adapter_state(dict(load_adapter(checkpoint)))
                 state = load_optimizer_state(checkpoint)
                 restore_optimizer_(training.optimizer, state, name=config.optimizer.optimizer)
+                self._restore_average(training, checkpoint)
             account.meter.enter("validation")
             validator.show_base()
             if start_step and config.validation.validation_on_startup:
@@ -200,6 +204,7 @@ class _Run:
             start=start_step * config.optimizer.gradient_accumulation_steps,
             device=compute.device,
             prefetch=config.data.dataloader_prefetch_qlen if config.data.dataloader_prefetch else 0,
+            sigma_offsets={one.id: one.timestep_sampling_offset for one in self._loaded.datasets.images},
         )
 
         def validate(step: int) -> None:
@@ -358,8 +363,19 @@ class _Run:
             validation_interval=config.validation.validation_step_interval,
         )
 
+    def _restore_average(self, training: Training, checkpoint: Checkpoint) -> None:
+        if training.ema is None:
+            return
+        average = load_average(checkpoint)
+        if average is not None:
+            training.ema.load_(average)
+            return
+        training.ema.begin_(checkpoint.step)
+        params = {"checkpoint": checkpoint.path.name, "step": checkpoint.step}
+        self._run.emit(ProblemReported(problem=Problem(code="W-EMA-BEGINS", severity=Severity.WARNING, params=params)))
+
     def _update(self, training: Training, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
-        return train_step(
+        result = train_step(
             batches,
             num_batches=self._config.optimizer.gradient_accumulation_steps,
             predict=training.predict,
@@ -369,6 +385,9 @@ class _Run:
             learning_rate=learning_rate,
             settings=step_settings(self._config, rank=0),
         )
+        if training.ema is not None:
+            training.ema.update_()
+        return result
 
     def _save(self, training: Training, recipe: Recipe, step: int) -> None:
         begun = time.monotonic()
@@ -381,6 +400,7 @@ class _Run:
                 adapter=training.adapter_state(),
                 info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config)),
                 optimizer_state=state,
+                averaged=_averaged(training),
             )
         self._run.emit(
             CheckpointSaved(
@@ -399,6 +419,9 @@ class _Run:
         info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config))
         with averaged_weights(training.optimizer):
             save_lora(path, training.adapter_state(), info)
+        if training.ema is not None:
+            with training.ema.within():
+                save_lora(self._output_dir / EMA_LORA_FILE_NAME, training.adapter_state(), info)
         self._run.emit(
             CheckpointSaved(
                 step=step,
@@ -409,6 +432,14 @@ class _Run:
             )
         )
         return path
+
+
+def _averaged(training: Training) -> Averaged | None:
+    if training.ema is None:
+        return None
+    with training.ema.within():
+        adapter = {name: tensor.clone() for name, tensor in training.adapter_state().items()}
+    return Averaged(adapter=adapter, state=training.ema.state())
 
 
 class _Steering:
@@ -429,9 +460,15 @@ class _Steering:
 
 
 def micro_batches(
-    sampler: Sampler, latents: Latents, *, start: int, device: torch.device, prefetch: int
+    sampler: Sampler,
+    latents: Latents,
+    *,
+    start: int,
+    device: torch.device,
+    prefetch: int,
+    sigma_offsets: Mapping[str, float],
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches from number `start` on, without end, on `device`."""
+    """This rank's micro-batches from number `start` on, without end, on `device`; `sigma_offsets` by dataset."""
     batches = iterate_batches(sampler, latents, start=start, prefetch=prefetch)
     for index, batch in enumerate(batches, start):
         yield MicroBatch(
@@ -440,6 +477,8 @@ def micro_batches(
             prompts=batch.prompts,
             is_regularisation=batch.is_regularisation,
             names=[sample.record.key for sample in batch.samples],
+            dataset=batch.dataset_id,
+            sigma_offset=sigma_offsets[batch.dataset_id],
         )
 
 

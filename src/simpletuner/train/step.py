@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner.optim.build import set_learning_rate_
 from simpletuner.problems import ExitCode, Problem, SimpletunerError
-from simpletuner.train.flow import FlowSettings, add_noise, draw_noise, draw_sigma, flow_loss, flow_targets
+from simpletuner.train.flow import (
+    FlowSettings,
+    LossSettings,
+    NoiseSettings,
+    Window,
+    add_noise,
+    draw_noise,
+    draw_sigma,
+    flow_loss,
+    flow_targets,
+    perturbed,
+)
 from simpletuner.train.seeds import derive_seed, generator
 
 Predict = Callable[[Sequence[Tensor], Tensor, Sequence[str]], Sequence[Tensor]]
@@ -28,6 +39,8 @@ class MicroBatch:
     prompts: Sequence[str]
     is_regularisation: bool
     names: Sequence[str]  # the files, for messages
+    dataset: str = ""
+    sigma_offset: float = 0.0  # see `flow.draw_sigma`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +50,8 @@ class StepSettings:
     seed: int
     rank: int
     flow: FlowSettings
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
     max_grad_norm: float  # 0: no clipping
     clip_by_value: bool
     latents_per_token: int  # patch side squared
@@ -75,16 +90,19 @@ def train_step(
     losses: list[Tensor] = []
     regularisation_losses: list[Tensor] = []
     sigmas: list[Tensor] = []
+    seen: list[MicroBatch] = []
     for batch in batches:
-        loss_B, sigma_B = _batch_loss(batch, predict=predict, parent=parent, settings=settings)
+        window = Window.of(batch.index, num_parts=num_batches, seed=settings.seed, rank=settings.rank)
+        loss_B, sigma_B = _batch_loss(batch, window, predict=predict, parent=parent, settings=settings)
         (loss_B.mean() / num_batches).backward()
         (regularisation_losses if batch.is_regularisation else losses).append(loss_B.detach())
         sigmas.append(sigma_B)
         if not torch.isfinite(loss_B).all():
-            raise _not_finite(batch, sigma_B)
+            raise _not_finite([batch], window, sigma_B)
+        seen.append(batch)
     grad_norm = _clip_(params, settings)
     if not math.isfinite(grad_norm):
-        raise _not_finite(batch, torch.cat(sigmas))
+        raise _not_finite(seen, window, torch.cat(sigmas))
     set_learning_rate_(optimizer, learning_rate)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -99,15 +117,22 @@ def train_step(
 
 
 def _batch_loss(
-    batch: MicroBatch, *, predict: Predict, parent: Callable[[], AbstractContextManager[None]], settings: StepSettings
+    batch: MicroBatch,
+    window: Window,
+    *,
+    predict: Predict,
+    parent: Callable[[], AbstractContextManager[None]],
+    settings: StepSettings,
 ) -> tuple[Tensor, Tensor]:
     """Loss and noise level of each sample, both [B]. All randomness comes from (seed, rank, batch.index)."""
     draws = generator(settings.seed, "flow", settings.rank, batch.index)
     num_tokens = [x.shape[-2] * x.shape[-1] // settings.latents_per_token for x in batch.latents]
-    sigma_B = draw_sigma(settings.flow, num_tokens, draws)
-    noise = draw_noise(batch.latents, draws)
+    sigma_B = draw_sigma(settings.flow, num_tokens, window, offset=batch.sigma_offset)
+    noise = draw_noise(batch.latents, draws, settings.noise)
+    perturbation = settings.noise.perturbation_at(window.number)
+    seen_noise = perturbed(noise, perturbation, draws) if perturbation else noise
     sigma_on_device_B = sigma_B.to(batch.latents[0].device, non_blocking=True)
-    noisy = add_noise(batch.latents, noise, sigma_on_device_B)
+    noisy = add_noise(batch.latents, seen_noise, sigma_on_device_B)
     if settings.uses_dropout:
         torch.manual_seed(derive_seed(settings.seed, "dropout", settings.rank, batch.index))
     predicted = predict(noisy, sigma_on_device_B, batch.prompts)
@@ -116,7 +141,7 @@ def _batch_loss(
             target: Sequence[Tensor] = predict(noisy, sigma_on_device_B, batch.prompts)
     else:
         target = flow_targets(batch.latents, noise)
-    return flow_loss(predicted, target), sigma_B
+    return flow_loss(predicted, target, sigma_on_device_B, settings.loss), sigma_B
 
 
 def _clip_(params: Sequence[nn.Parameter], settings: StepSettings) -> float:
@@ -131,10 +156,12 @@ def _clip_(params: Sequence[nn.Parameter], settings: StepSettings) -> float:
     return norm.item()
 
 
-def _not_finite(batch: MicroBatch, sigma_B: Tensor) -> SimpletunerError:
+def _not_finite(batches: Sequence[MicroBatch], window: Window, sigma_B: Tensor) -> SimpletunerError:
     params = {
-        "batch": batch.index,
-        "files": ", ".join(batch.names),
+        "step": window.number + 1,
+        "batch": batches[-1].index,
+        "dataset": ", ".join(dict.fromkeys(batch.dataset for batch in batches)),
+        "files": ", ".join(name for batch in batches for name in batch.names),
         "sigmas": ", ".join(f"{s:.3f}" for s in sigma_B.tolist()),
     }
     return SimpletunerError(Problem(code="E-NAN-LOSS", params=params), ExitCode.FAILED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class GalleryEntry:
     num_inference_steps: int
     shift: float
     adapter_strength: float  # 0: base model
+    is_averaged: bool = False  # the moving average of the weights, not the weights themselves
 
     def shows(self, request: ImageRequest) -> bool:
         """Whether this entry is that image, at whatever step."""
@@ -61,8 +62,8 @@ class Gallery:
         """Where the contact sheet is, once it is drawn."""
         return self.folder / SHEET_NAME
 
-    def path_for(self, request: ImageRequest, step: int) -> Path:
-        return self.folder / f"{request.file_stem(step)}{self._suffix}"
+    def path_for(self, request: ImageRequest, step: int, *, is_averaged: bool = False) -> Path:
+        return self.folder / f"{request.file_stem(step)}{'_ema' if is_averaged else ''}{self._suffix}"
 
     def entries(self) -> list[GalleryEntry]:
         """The index, oldest first; entries whose image is gone, and a torn last line, are left out."""
@@ -94,19 +95,24 @@ class Gallery:
                 os.fsync(index.fileno())
         return path
 
-    def write_contact_sheet(self, columns: Mapping[str, int], requests: Sequence[ImageRequest]) -> Path | None:
+    def write_contact_sheet(
+        self, columns: Mapping[str, int], requests: Sequence[ImageRequest], *, averaged: Collection[str] = ()
+    ) -> Path | None:
         """Draw one row per request and one column per step.
 
         Args:
             columns: heading -> step, left to right.
+            averaged: the headings of columns that show the moving average.
         Returns:
             The sheet, or None if no column has an image.
         """
         entries = self.entries()
         rows = []
         for request in requests[:_MAX_SHEET_ROWS]:
-            shown = {entry.step: entry for entry in entries if entry.shows(request)}
-            files = [self.folder / shown[step].file if step in shown else None for step in columns.values()]
+            shown = {
+                (entry.step, entry.is_averaged): self.folder / entry.file for entry in entries if entry.shows(request)
+            }
+            files = [shown.get((step, heading in averaged)) for heading, step in columns.items()]
             rows.append((f"{request.prompt.text}   seed {request.seed}", files))
         if not any(file for _, files in rows for file in files):
             return None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ def validate(
     step: int,
     heading: Callable[[int], str],
     with_adapter: bool,
+    is_averaged: bool = False,
     engine: ImageEngine,
     settings: SamplingSettings,
     gallery: Gallery,
@@ -66,6 +68,7 @@ def validate(
     Args:
         heading: step -> name of its column in the sheet.
         with_adapter: False shows the base model (step 0), whatever the adapter has learned.
+        is_averaged: the model has the moving average of its weights; told beside those of the weights themselves.
         on_progress: told after each sampling step how many images it moved.
     """
     started = time.monotonic()
@@ -77,7 +80,7 @@ def validate(
             images = make_images(group, engine=engine, settings=settings, on_progress=on_progress)
         seconds = (time.monotonic() - group_started) / len(group)
         for request, image in zip(group, images, strict=True):
-            entry = _entry(request, step, strength, settings, gallery)
+            entry = _entry(request, step, strength, settings, gallery, is_averaged=is_averaged)
             path = gallery.add(image, entry)
             emit(
                 ValidationImage(
@@ -90,10 +93,10 @@ def validate(
                     guidance=entry.guidance,
                     path=path.relative_to(gallery.folder.parent).as_posix(),
                     seconds=seconds,
+                    is_averaged=is_averaged,
                 )
             )
-    columns = {heading(shown): shown for shown in sorted({0, step})}
-    sheet = gallery.write_contact_sheet(columns, all_requests)
+    sheet = _write_sheet(gallery, all_requests, heading, step, is_averaged=is_averaged)
     emit(
         ValidationFinished(
             step=step,
@@ -172,11 +175,36 @@ def _groups(requests: Sequence[ImageRequest], px_per_token: int) -> Iterator[lis
         yield group
 
 
+def _write_sheet(
+    gallery: Gallery,
+    requests: Sequence[ImageRequest],
+    heading: Callable[[int], str],
+    step: int,
+    *,
+    is_averaged: bool,
+) -> Path | None:
+    """Base | this step | this step averaged, the last two as far as they were made."""
+    made = {entry.is_averaged for entry in gallery.entries() if entry.step == step > 0} | {is_averaged}
+    columns = {heading(0): 0}
+    if False in made:
+        columns[heading(step)] = step
+    averaged = f"{heading(step)} EMA"
+    if True in made:
+        columns[averaged] = step
+    return gallery.write_contact_sheet(columns, requests, averaged=(averaged,))
+
+
 def _entry(
-    request: ImageRequest, step: int, strength: float, settings: SamplingSettings, gallery: Gallery
+    request: ImageRequest,
+    step: int,
+    strength: float,
+    settings: SamplingSettings,
+    gallery: Gallery,
+    *,
+    is_averaged: bool,
 ) -> GalleryEntry:
     return GalleryEntry(
-        file=gallery.path_for(request, step).name,
+        file=gallery.path_for(request, step, is_averaged=is_averaged).name,
         step=step,
         prompt_id=request.prompt.id,
         prompt=request.prompt.text,
@@ -188,4 +216,5 @@ def _entry(
         num_inference_steps=settings.num_steps,
         shift=settings.shift,
         adapter_strength=strength,
+        is_averaged=is_averaged,
     )

@@ -73,3 +73,26 @@ class OptimizerSection(Section):
 
     gradient_accumulation_steps: Annotated[int, Ge(1), Opt(level="basic")] = 1
     """Forward passes per update. Raises the effective batch without more memory; time grows linearly."""
+
+    use_ema: Annotated[bool, Opt()] = False
+    """Keep a moving average of the trained weights beside them; it is steadier than the weights of the last update.
+    Saved as pytorch_lora_weights_ema.safetensors."""
+
+    ema_decay: Annotated[float, Ge(0), Lt(1), Opt()] = 0.995
+    """How much of the average stays at each averaging: 0.995 looks back about 200 of them. Less at the beginning of a
+    run."""
+
+    ema_update_interval: Annotated[int, Ge(1), Opt(level="expert", unit="steps")] = 1
+    """Updates from one averaging to the next."""
+
+    ema_warmup_steps: Annotated[int, Ge(0), Opt(level="expert", unit="steps")] = 0
+    """For so many updates the average is a copy of the weights."""
+
+    ema_device: Annotated[Literal["cpu", "accelerator"], Opt(level="expert")] = "cpu"
+    """Where the average is kept: in main memory, or on the GPU, which is faster and takes 4 bytes per weight there."""
+
+    ema_cpu_only: Annotated[bool, Opt(level="expert")] = False
+    """The same as ema_device cpu, whatever that says."""
+
+    ema_foreach_disable: Annotated[bool, Opt(level="expert")] = False
+    """Average one tensor after the other in place of all at once; slower, the same result."""

@@ -68,6 +68,10 @@ class ValidationSection(Section):
     validation_image_format: Annotated[Literal["png", "webp", "jpeg"], Opt(spellings=(("jpg", "jpeg"),))] = "png"
     """File format of the images."""
 
+    ema_validation: Annotated[Literal["comparison", "ema_only", "none"], Opt()] = "comparison"
+    """With use_ema: images of the trained weights and of their average side by side, of the average only, or of the
+    trained weights only."""
+
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """The sizes of `validation_resolution`, each (width, height) px."""

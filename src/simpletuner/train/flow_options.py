@@ -1,0 +1,33 @@
+"""What the flow takes from the options."""
+
+from __future__ import annotations
+
+from simpletuner.config.sections.flow import FlowSection
+from simpletuner.train.flow import FlowSettings, LossSettings, NoiseSettings
+from simpletuner.train.sigma_law import law_of
+
+
+def flow_settings(options: FlowSection) -> FlowSettings:
+    """Which noise levels."""
+    return FlowSettings(
+        law=law_of(options),
+        shift=options.flow_schedule_shift,
+        auto_shift=options.flow_schedule_auto_shift,
+        stratified=not options.disable_segmented_timestep_sampling,
+        in_turn=options.flow_timesteps_mode == "round-robin",
+    )
+
+
+def noise_settings(options: FlowSection) -> NoiseSettings:
+    """What is done to the noise."""
+    return NoiseSettings(
+        offset=options.noise_offset if options.offset_noise else 0.0,
+        offset_probability=options.noise_offset_probability,
+        perturbation=options.input_perturbation,
+        perturbation_steps=options.input_perturbation_steps,
+    )
+
+
+def loss_settings(options: FlowSection) -> LossSettings:
+    """How far a prediction is from its target."""
+    return LossSettings(kind=options.loss_type, schedule=options.huber_schedule, huber_c=options.huber_c)
