@@ -73,7 +73,7 @@ _OTHER_FLAGS = """
     fsdp_limit_all_gathers fsdp_activation_checkpointing use_soft_min_snr rescale_betas_zero_snr
 """
 _OTHER_VALUES = """
-    ema_device=cpu ema_update_interval ema_decay ema_warmup_steps ema_validation lycoris_config lora_format
+    ema_device=cpu ema_update_interval ema_decay ema_warmup_steps ema_validation lycoris_config
     init_lora_step init_lora_ema validation_lycoris_strength gradient_precision huber_schedule huber_c
     masked_loss_probability=1,1.0 input_perturbation_steps noise_offset noise_offset_probability
     flow_beta_schedule_alpha flow_beta_schedule_beta flow_timesteps_mode mixflow_gamma

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from simpletuner.adapters.files import LORA_FILE_NAME, save_lora
+from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, save_lora
 from simpletuner.adapters.lora import disabled
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
@@ -42,6 +42,7 @@ from simpletuner.train.build import (
     optimizer_settings,
     schedule_settings,
     step_settings,
+    trigger_words,
 )
 from simpletuner.train.checkpoint import (
     delete_old_checkpoints,
@@ -379,7 +380,7 @@ class _Run:
                 step=step,
                 recipe=recipe,
                 adapter=training.adapter_state(),
-                info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config)),
+                info=self._info(training, step),
                 optimizer_state=state,
             )
         self._run.emit(
@@ -393,12 +394,23 @@ class _Run:
         for old in delete_old_checkpoints(self._output_dir, keep=self._config.run.checkpoints_total_limit):
             self._run.emit(CheckpointDeleted(step=old.step, path=old.path.name))
 
+    def _info(self, training: Training, step: int) -> LoraInfo:
+        """What a saved adapter says about itself."""
+        return lora_info(
+            self._config,
+            training.lora,
+            step=step,
+            config_hash=config_hash(self._loaded.config),
+            trigger_words=trigger_words(self._loaded.datasets.images),
+        )
+
     def _save_result(self, training: Training, step: int) -> Path:
         begun = time.monotonic()
         path = self._output_dir / LORA_FILE_NAME
-        info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config))
         with averaged_weights(training.optimizer):
-            save_lora(path, training.adapter_state(), info)
+            save_lora(
+                path, training.adapter_state(), self._info(training, step), layout=self._config.adapter.lora_format
+            )
         self._run.emit(
             CheckpointSaved(
                 step=step,
