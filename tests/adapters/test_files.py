@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from simpletuner.adapters.files import LAYOUTS, LORA_FILE_NAME, LoraInfo, load_lora, save_lora
+from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save_lora
 from simpletuner.adapters.lora import LoraSettings, adapter_state, apply_lora, load_adapter_state, start_from_
 from simpletuner.adapters.targets import linear_names
 from simpletuner.i18n import LANGUAGES, render_problem
@@ -26,6 +27,7 @@ from simpletuner.problems import ModelError, SimpletunerError
 
 from .conftest import TINY, randomise_, tiny_transformer
 
+LAYOUTS = ("comfyui", "diffusers", "kohya")  # the values of lora_format
 INFO = LoraInfo(
     rank=4,
     alpha=6.5,
@@ -76,9 +78,11 @@ def keys_and_values_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "preset"),
+    [*((layout, "attention+mlp") for layout in (*LAYOUTS, "kohya-split")), ("comfyui", "all"), ("diffusers", "all")],
+)
 @pytest.mark.parametrize("alpha", [4.0, 6.5])
-@pytest.mark.parametrize("preset", ["attention+mlp", "all"])
 def test_diffusers_loads_the_file_and_predicts_what_we_do(
     tmp_path, diffusers_pipeline, diffusers_log, predict, preset, alpha, layout
 ):
@@ -102,7 +106,7 @@ def test_diffusers_loads_the_file_and_predicts_what_we_do(
         pipe.unload_lora_weights()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["comfyui", "comfyui-fused", "kohya", "kohya-split"])
 def test_our_own_file_comes_back_bit_for_bit(tmp_path, layout):
     path = tmp_path / "a folder" / "lora.safetensors"
     path.parent.mkdir()
@@ -142,6 +146,10 @@ def test_the_metadata_says_what_the_file_is(tmp_path):
     assert metadata["global_step"] == "750"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "6.5")
     assert json.loads(metadata["simpletuner"])["config_hash"] == "0123abcd"
+    assert metadata["ss_base_model_version"] == "Tongyi-MAI/Z-Image-Turbo"
+    data = path.read_bytes()
+    tensors = data[8 + int.from_bytes(data[:8], "little") :]
+    assert metadata["modelspec.hash_sha256"] == "0x" + hashlib.sha256(tensors).hexdigest()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -160,7 +168,7 @@ def test_equal_adapters_give_equal_bytes_in_every_process(tmp_path, layout):
         key for key in header if key != "__metadata__" and not key.endswith(".alpha")
     }
     assert load_lora(tmp_path / "a").info.comment == 'a \u00f1 \\ "quoted" \u2028 \x7f'
-    assert keys_and_values_equal(dict(load_lora(tmp_path / "a").tensors), state)
+    assert load_lora(tmp_path / "a").tensors.keys() == state.keys()
 
 
 def renamed(state: dict[str, Tensor], style: str, alpha: float) -> dict[str, Tensor]:
@@ -229,17 +237,46 @@ def problem_of(error: pytest.ExceptionInfo[SimpletunerError]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("key", "kind"),
-    [("lokr_w1", "LoKr"), ("hada_w1_a", "LoHa"), ("oft_blocks", "OFT"), ("dora_scale", "DoRA"), ("diff", "?")],
+    ("parts", "kind"),
+    [
+        ({"lokr_w1": (2, 2), "lokr_w2": (24, 24)}, "LoKr"),
+        ({"hada_w1_a": (48, 2), "hada_w1_b": (2, 48), "hada_w2_a": (48, 2), "hada_w2_b": (2, 48)}, "LoHa"),
+        ({"lora_A.weight": (2, 48), "lora_B.weight": (48, 2), "dora_scale": (48, 1)}, "DoRA"),
+        ({"oft_blocks": (2, 2)}, "OFT"),
+        ({"diff": (48, 48)}, "full weights"),
+        ({"something": (2, 2)}, "?"),
+    ],
 )
-def test_another_kind_of_adapter_is_refused_by_name(tmp_path, key, kind):
+def test_another_kind_of_adapter_is_refused_by_name(tmp_path, parts, kind):
     path = tmp_path / "other.safetensors"
-    state = adapter_state(adapted("attention"))
-    safetensors.torch.save_file({**state, f"layers.0.attention.to_q.{key}": torch.zeros(2, 2)}, path)
+    state = {"layers.1.attention.to_k.lora_A.weight": torch.ones(2, 48)}
+    state["layers.1.attention.to_k.lora_B.weight"] = torch.ones(48, 2)
+    state |= {f"layers.0.attention.to_q.{name}": torch.zeros(shape) for name, shape in parts.items()}
+    safetensors.torch.save_file(state, path)
     with pytest.raises(ModelError) as error:
         load_lora(path)
     assert f"is not a plain LoRA (found: {kind})" in problem_of(error)
-    assert f"layers.0.attention.to_q.{key}" in problem_of(error)
+    assert "layers.0.attention.to_q" in problem_of(error)
+
+
+def test_an_adapter_for_another_model_is_refused_with_names_that_are_near(tmp_path):
+    path = tmp_path / "other.safetensors"
+    name = "layers.0.attention.to_query"
+    safetensors.torch.save_file(
+        {f"{name}.lora_A.weight": torch.ones(2, 48), f"{name}.lora_B.weight": torch.ones(48, 2)}, path
+    )
+    with pytest.raises(ModelError) as error:
+        load_lora(path, linear_names(tiny_transformer()))
+    assert "1 of its 1 modules are unknown here, such as layers.0.attention.to_query" in problem_of(error)
+    assert "layers.0.attention.to_q" in problem_of(error).split("look like them: ")[1]
+
+
+def test_a_model_is_no_adapter(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(tiny_transformer().state_dict(), path)
+    with pytest.raises(ModelError) as error:
+        load_lora(path)
+    assert "holds the weights of a model" in problem_of(error)
 
 
 @pytest.mark.parametrize("lost", ["lora_A.weight", "lora_B.weight"])
@@ -250,7 +287,9 @@ def test_half_a_pair_is_refused(tmp_path, lost):
     safetensors.torch.save_file(state, path)
     with pytest.raises(ModelError) as error:
         load_lora(path)
-    assert "layers.0.attention.to_q.lora_" in problem_of(error)
+    assert f"layers.0.attention.to_q has lora_{'B' if lost[5] == 'A' else 'A'}.weight, but not {lost}" in problem_of(
+        error
+    )
 
 
 @pytest.mark.parametrize("size", [0, 5, 400])

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from simpletuner.adapters.files import save_lora
+from simpletuner.config.datasets import ImageDataset
 from simpletuner.config.root import Config
 from simpletuner.config.sections.optimizer import OptimizerSection
 from simpletuner.config.sections.run import RunSection
 from simpletuner.i18n import LANGUAGES, catalog, render_problem
 from simpletuner.problems import ConfigError, Problem
-from simpletuner.train.build import lora_info, lora_settings
+from simpletuner.train.build import lora_info, lora_settings, trigger_words
 from simpletuner.train.device import choose_compute, choose_device
 from simpletuner.train.run import config_hash
 from simpletuner.train.start import total_updates
@@ -44,7 +45,9 @@ def test_a_result_says_nothing_of_where_things_lie(tmp_path, monkeypatch):
             }
         )
         info = lora_info(options, lora_settings(options), step=3, config_hash=config_hash(options))
-        save_lora(folder / "lora", {"to_q.lora_A.weight": torch.ones(16, 2)}, info)
+        save_lora(
+            folder / "lora", {"to_q.lora_A.weight": torch.ones(16, 2), "to_q.lora_B.weight": torch.ones(2, 16)}, info
+        )
         return (folder / "lora").read_bytes()
 
     here = told(tmp_path / "here", str(tmp_path / "here" / "base"))
@@ -52,6 +55,20 @@ def test_a_result_says_nothing_of_where_things_lie(tmp_path, monkeypatch):
     assert b'"ss_base_model_version":"base"' in here
     assert here == told(tmp_path / "there", str(tmp_path / "there" / "base")) == told(tmp_path / "there", "./base")
     assert b'"ss_base_model_version":"Tongyi-MAI/Z-Image"' in told(tmp_path / "here", "Tongyi-MAI/Z-Image")
+
+
+def test_trigger_words_are_the_instance_prompts_that_were_captions():
+    def dataset(name: str, *prompts: str, **options: object) -> ImageDataset:
+        return ImageDataset(id=name, instance_data_dir=name, instance_prompt=prompts, **options)
+
+    datasets = [
+        dataset("a", "sks octopus", caption_strategy="instanceprompt"),
+        dataset("b", "not used", caption_strategy="textfile"),
+        dataset("c", "sks octopus", "an octopus", caption_strategy="textfile", prepend_instance_prompt=True),
+        dataset("d", "an animal", caption_strategy="instanceprompt", is_regularisation_data=True),
+        dataset("e", "the thing", only_instance_prompt=True),
+    ]
+    assert trigger_words(datasets) == ("sks octopus", "an octopus", "the thing")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-import re
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from simpletuner.adapters.names import Pair, Role, parse_pairs
+from simpletuner.adapters.formats.fuse import split
+from simpletuner.adapters.formats.layouts import LAYOUTS
+from simpletuner.adapters.formats.names import HASH_KEY, Part, json_object
+from simpletuner.adapters.formats.read import parse_adapter
+from simpletuner.adapters.formats.weights import Adapter, LoraWeights
+from simpletuner.adapters.formats.write import to_tensors
 from simpletuner.events.oserrors import os_errors_as_problems
 from simpletuner.problems import ModelError, Problem
 
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
-LAYOUTS = ("comfyui", "diffusers")
 DEFAULT_LAYOUT = "comfyui"
 
 _OWN_METADATA = "simpletuner"
-_DIFFUSERS_METADATA = "lora_adapter_metadata"
-_OTHER_KINDS = (("lokr_", "LoKr"), ("hada_", "LoHa"), ("oft_", "OFT"), ("dora_scale", "DoRA"), ("magnitude", "DoRA"))
+_NUM_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,51 +63,89 @@ class LoraFile:
 def save_lora(path: Path, tensors: Mapping[str, Tensor], info: LoraInfo, *, layout: str = DEFAULT_LAYOUT) -> None:
     """Write the result of `lora.adapter_state` as a LoRA file, completely or not at all.
 
-    "comfyui" writes `diffusion_model.` names and an alpha for each module: diffusers, ComfyUI and ai-toolkit load it at
-    the right strength. "diffusers" writes what diffusers' own `save_lora_weights` does, `transformer.` names with alpha
-    in the metadata; ComfyUI takes such a file for alpha = rank.
-
-    Equal arguments give equal bytes.
+    `layout` is one of `formats.layouts.LAYOUTS`. The default loads at the right strength in ComfyUI, diffusers and
+    ai-toolkit, and is read back bit for bit. Equal arguments give equal bytes.
 
     Raises:
         FileSystemError: the file cannot be written (full disk, no permission); an older file of that name is intact.
     """
-    assert layout in LAYOUTS, layout
-    prefix = "diffusion_model." if layout == "comfyui" else "transformer."
-    contents = {prefix + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    if layout == "comfyui":
-        downs = [key for key in contents if key.endswith(Role.DOWN.value)]
-        contents |= {key.removesuffix(Role.DOWN.value) + "alpha": torch.tensor(info.alpha) for key in downs}
-    metadata = _metadata(info, tensors, layout)
-    _write(path, _with_sorted_metadata(safetensors.torch.save(contents, metadata=metadata)))
+    downs = [key for key in tensors if key.endswith(Part.DOWN.value)]
+    modules = {
+        key.removesuffix(f".{Part.DOWN.value}"): LoraWeights(
+            down=tensors[key],
+            up=tensors[key.removesuffix(Part.DOWN.value) + Part.UP.value],
+            alpha=info.alpha,
+        )
+        for key in downs
+    }
+    contents = to_tensors(Adapter(modules=modules, metadata={}), LAYOUTS[layout])
+    write_safetensors(path, contents, _metadata(info))
 
 
 def load_lora(path: Path, module_names: Sequence[str] = ()) -> LoraFile:
-    """Read a LoRA file: ours, diffusers', peft's, ai-toolkit's, ComfyUI's or kohya's names.
+    """Read a LoRA file in any of the layouts that `formats.names` lists.
 
-    `module_names` are the model's linear layers (`targets.linear_names`); needed for names with underscores in place
-    of dots and for fused projections.
+    `module_names` are the model's linear layers (`targets.linear_names`): what the file adapts must be among them.
 
     Raises:
-        ModelError: the file is damaged, or holds something else than LoRA.
+        ModelError: the file is damaged, holds something else than LoRA, or is for another model.
         FileSystemError: the file is missing or cannot be read.
     """
-    tensors, metadata = _read(path)
-    pairs, rest = parse_pairs(tensors, module_names)
-    if rest or not pairs:
-        kinds = (kind for mark, kind in _OTHER_KINDS if any(mark in key for key in rest))
-        params = {"path": str(path), "kind": next(kinds, "?"), "keys": ", ".join(rest[:3]) or "-"}
+    tensors, metadata = read_safetensors(path)
+    adapter = split(parse_adapter(tensors, metadata, path=str(path), known=module_names or None))
+    pairs = {name: w for name, w in adapter.modules.items() if isinstance(w, LoraWeights) and w.magnitude is None}
+    others = [name for name in adapter.modules if name not in pairs]
+    if others:
+        first = adapter.modules[others[0]]
+        kind = "DoRA" if isinstance(first, LoraWeights) else first.kind
+        params = {"path": str(path), "kind": kind, "keys": ", ".join(others[:_NUM_NAMED])}
         raise ModelError(Problem(code="E-LORA-KIND", params=params))
-    pairs = _with_diffusers_alphas(pairs, metadata)
-    info = _info(pairs, metadata)
     state = {}
     for module, pair in pairs.items():
-        state[f"{module}.{Role.DOWN.value}"] = pair.down
-        state[f"{module}.{Role.UP.value}"] = pair.up
-    return LoraFile(tensors=state, scales={module: pair.scale for module, pair in pairs.items()}, info=info)
+        state[f"{module}.{Part.DOWN.value}"] = pair.down
+        state[f"{module}.{Part.UP.value}"] = pair.up
+    scales = {module: pair.scale for module, pair in pairs.items()}
+    return LoraFile(tensors=state, scales=scales, info=_info(pairs, metadata))
 
 
-def _metadata(info: LoraInfo, tensors: Mapping[str, Tensor], layout: str) -> dict[str, str]:
+def read_adapter(path: Path) -> Adapter:
+    """Read an adapter of any kind and layout for Z-Image, fused modules as they are.
+
+    Raises:
+        ModelError: the file is damaged, is no adapter, lacks keys, or is for another model.
+        FileSystemError: the file is missing or cannot be read.
+    """
+    tensors, metadata = read_safetensors(path)
+    return parse_adapter(tensors, metadata, path=str(path))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file.
+
+    Raises:
+        ModelError: E-LORA-DAMAGED.
+        FileSystemError: the file is missing or cannot be read.
+    """
+    with os_errors_as_problems(path):
+        path.open("rb").close()  # safetensors tells a missing file from a damaged one only in words
+        try:
+            with safetensors.safe_open(path, framework="pt") as stream:
+                return {key: stream.get_tensor(key) for key in stream.keys()}, stream.metadata() or {}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            params = {"path": str(path), "reason": str(error)}
+            raise ModelError(Problem(code="E-LORA-DAMAGED", params=params)) from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file completely or not at all; equal arguments give equal bytes. A hash of the tensors is added.
+
+    Raises:
+        FileSystemError: the file cannot be written; an older file of that name is intact.
+    """
+    _write(path, _with_final_metadata(safetensors.torch.save(dict(tensors), metadata=dict(metadata))))
+
+
+def _metadata(info: LoraInfo) -> dict[str, str]:
     """The file's metadata: modelspec (https://github.com/Stability-AI/ModelSpec), what other tools show, and ours."""
     metadata = {
         "format": "pt",
@@ -125,18 +164,18 @@ def _metadata(info: LoraInfo, tensors: Mapping[str, Tensor], layout: str) -> dic
         metadata["modelspec.comment"] = info.comment
     if info.base_model:
         metadata["ss_base_model_version"] = info.base_model
-    if layout == "diffusers":
-        modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
-        config = {"r": info.rank, "lora_alpha": info.alpha, "target_modules": modules}
-        metadata[_DIFFUSERS_METADATA] = json.dumps({f"transformer.{k}": v for k, v in config.items()})
     return metadata
 
 
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """A safetensors file with its metadata in order of the keys: the library writes them in a random one."""
+def _with_final_metadata(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order of the keys, which the library writes in a random one, and a hash.
+
+    The hash is modelspec's: of all bytes after the header.
+    """
     header_end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:header_end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    metadata = {**header["__metadata__"], HASH_KEY: "0x" + hashlib.sha256(memoryview(data)[header_end:]).hexdigest()}
+    header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     return b"".join((len(text).to_bytes(8, "little"), text, data[header_end:]))
@@ -157,44 +196,11 @@ def _write(path: Path, data: bytes) -> None:
             raise
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with os_errors_as_problems(path):
-        path.open("rb").close()  # safetensors tells a missing file from a damaged one only in words
-        try:
-            with safetensors.safe_open(path, framework="pt") as stream:
-                return {key: stream.get_tensor(key) for key in stream.keys()}, stream.metadata() or {}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            params = {"path": str(path), "reason": str(error)}
-            raise ModelError(Problem(code="E-LORA-DAMAGED", params=params)) from error
-
-
-def _with_diffusers_alphas(pairs: dict[str, Pair], metadata: Mapping[str, str]) -> dict[str, Pair]:
-    """Give pairs without an alpha key the alpha that diffusers keeps in the metadata, as peft reads it."""
-    config = _json(metadata.get(_DIFFUSERS_METADATA))
-    alpha, patterns = config.get("transformer.lora_alpha"), config.get("transformer.alpha_pattern") or {}
-    if alpha is None:
-        return pairs
-    completed = {}
-    for module, pair in pairs.items():
-        special = [value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)]
-        own = float((special or [alpha])[0])
-        completed[module] = Pair(down=pair.down, up=pair.up, alpha=own) if pair.alpha is None else pair
-    return completed
-
-
-def _info(pairs: Mapping[str, Pair], metadata: Mapping[str, str]) -> LoraInfo:
+def _info(pairs: Mapping[str, LoraWeights], metadata: Mapping[str, str]) -> LoraInfo:
     """Our own metadata, or what another program's file tells."""
-    rank, scale = Counter((p.down.shape[0], p.scale) for p in pairs.values()).most_common(1)[0][0]
+    rank, scale = Counter((p.rank, p.scale) for p in pairs.values()).most_common(1)[0][0]
     known = {f.name for f in fields(LoraInfo)}
-    own = {name: value for name, value in _json(metadata.get(_OWN_METADATA)).items() if name in known}
+    own = {name: value for name, value in json_object(metadata.get(_OWN_METADATA)).items() if name in known}
     for name in ("targets", "trigger_words"):
         own[name] = tuple(own.get(name, ()))
     return LoraInfo(**{"title": metadata.get("modelspec.title", ""), **own, "rank": rank, "alpha": rank * scale})
-
-
-def _json(text: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}

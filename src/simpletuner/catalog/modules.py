@@ -1,4 +1,4 @@
-"""Names of Z-Image's modules, as patterns: what a LoRA adapts, what is never quantised. Standard library only.
+"""Names of Z-Image's modules: what a LoRA adapts, what is never quantised, what ComfyUI calls otherwise. Stdlib only.
 
 A pattern is a full name in which `*` stands for the number of a block: "layers.*.attention.to_q".
 """
@@ -37,6 +37,36 @@ LORA_TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 NEVER_QUANTISED = _MODULATIONS + _ENDS
 """Small, and every token or every step passes through them."""
+
+FUSED_QKV = "attention.qkv"
+"""ComfyUI keeps these projections stacked along their rows, in one matrix."""
+
+SPLIT_QKV = ("attention.to_q", "attention.to_k", "attention.to_v")
+
+# (ComfyUI's, ours); a leading "^" stands for the start of the name.
+_RENAMED = (
+    (".attention.out.", ".attention.to_out.0."),
+    (".attention.q_norm.", ".attention.norm_q."),
+    (".attention.k_norm.", ".attention.norm_k."),
+    ("^x_embedder.", "^all_x_embedder.2-1."),
+    ("^final_layer.", "^all_final_layer.2-1."),
+)
+
+
+def from_native(name: str) -> str:
+    """Our name of ComfyUI's module or tensor; a name that both share, or a fused one, stays as it is."""
+    anchored = f"^{name}."
+    for native, ours in _RENAMED:
+        anchored = anchored.replace(native, ours)
+    return anchored.removeprefix("^").removesuffix(".")
+
+
+def to_native(name: str) -> str:
+    """ComfyUI's name of our module or tensor; q, k and v are not fused."""
+    anchored = f"^{name}."
+    for native, ours in _RENAMED:
+        anchored = anchored.replace(ours, native)
+    return anchored.removeprefix("^").removesuffix(".")
 
 
 def is_target(name: str, target: str) -> bool:

@@ -73,7 +73,7 @@ _OTHER_FLAGS = """
     fsdp_limit_all_gathers fsdp_activation_checkpointing use_soft_min_snr rescale_betas_zero_snr
 """
 _OTHER_VALUES = """
-    lycoris_config lora_format
+    lycoris_config
     init_lora_step init_lora_ema validation_lycoris_strength gradient_precision
     masked_loss_probability=1,1.0 mixflow_gamma
     scheduled_sampling_strategy scheduled_sampling_prob_start scheduled_sampling_prob_end

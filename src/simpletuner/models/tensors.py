@@ -50,7 +50,7 @@ def read_tensor(file: BinaryIO, stored: StoredTensor) -> Tensor:
     dtype = DTYPES[stored.dtype]
     raw = torch.empty(stored.stop - stored.start, dtype=torch.uint8)
     file.seek(stored.start)
-    view = _bytes_of(raw)
+    view = bytes_of(raw)
     while len(view):
         count = file.readinto(view)  # type: ignore[attr-defined]
         if not count:
@@ -82,7 +82,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         with partial.open("wb") as file:
             file.write(len(raw).to_bytes(8, "little") + raw)
             for _, tensor in ordered:
-                file.write(_bytes_of(tensor.detach().cpu().contiguous()))
+                file.write(bytes_of(tensor.detach().cpu().contiguous()))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -90,6 +90,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         partial.unlink(missing_ok=True)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, not a copy."""
     return memoryview(cast("Any", tensor.reshape(-1).view(torch.uint8).numpy()))

@@ -122,6 +122,26 @@ def resolve_pipeline(
     return files
 
 
+def resolve_transformer(
+    name_or_path: str, *, spec: FamilySpec, option: str, hub: Hub | None = None, on_download: OnDownload | None = None
+) -> tuple[Path, ...]:
+    """The safetensors files of a transformer alone: a single file, or a folder or repository that has it.
+
+    In a folder or repository it is what `transformer/` holds, else the root.
+
+    Raises:
+        ModelError: as `resolve_pipeline`.
+    """
+    access = Access(variant=None, hub=hub or Hub(), on_download=on_download)
+    place = find_place(name_or_path, option=option)
+    if place.is_single_file:
+        return (_single_file(place, "transformer", access),)
+    candidates = [transformer_part(spec, "transformer"), transformer_part(spec, "")]
+    root = _open(place, candidates, _CONFIG_PATTERNS, access, alternatives=True)
+    present = _present(root, candidates, alternatives=True)
+    return _weights(place, root, present[0] if present else candidates[0], access).shards
+
+
 def resolve_file(
     name_or_path: str,
     *,

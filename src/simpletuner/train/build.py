@@ -26,6 +26,7 @@ from simpletuner.adapters.lora import (
 from simpletuner.adapters.targets import linear_names
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
+from simpletuner.config.datasets import ImageDataset
 from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.root import Config
 from simpletuner.data.prompts import PromptStore
@@ -253,7 +254,24 @@ def step_settings(config: Config, *, rank: int) -> StepSettings:
     )
 
 
-def lora_info(config: Config, lora: LoraSettings, *, step: int, config_hash: str) -> LoraInfo:
+def trigger_words(datasets: Sequence[ImageDataset]) -> tuple[str, ...]:
+    """The instance prompts that captions were made of, each once; those of regularisation images are none."""
+    used = (
+        dataset.instance_prompt
+        for dataset in datasets
+        if not dataset.is_regularisation_data
+        and (
+            dataset.caption_strategy == "instanceprompt"
+            or dataset.only_instance_prompt
+            or dataset.prepend_instance_prompt
+        )
+    )
+    return tuple(dict.fromkeys(word for words in used for word in words))
+
+
+def lora_info(
+    config: Config, lora: LoraSettings, *, step: int, config_hash: str, trigger_words: Sequence[str] = ()
+) -> LoraInfo:
     """What a saved adapter says about itself."""
     return LoraInfo(
         rank=lora.rank,
@@ -262,6 +280,7 @@ def lora_info(config: Config, lora: LoraSettings, *, step: int, config_hash: str
         architecture="z-image",
         targets=lora.targets,
         title=Path(config.run.output_dir).name,
+        trigger_words=tuple(trigger_words),
         config_hash=config_hash,
         global_step=step,
     )

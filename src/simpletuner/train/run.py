@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from simpletuner.adapters.files import LORA_FILE_NAME, save_lora
+from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, save_lora
 from simpletuner.adapters.lora import disabled
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
@@ -42,6 +42,7 @@ from simpletuner.train.build import (
     optimizer_settings,
     schedule_settings,
     step_settings,
+    trigger_words,
 )
 from simpletuner.train.checkpoint import (
     EMA_LORA_FILE_NAME,
@@ -398,7 +399,7 @@ class _Run:
                 step=step,
                 recipe=recipe,
                 adapter=training.adapter_state(),
-                info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config)),
+                info=self._info(training, step),
                 optimizer_state=state,
                 averaged=_averaged(training),
             )
@@ -413,15 +414,24 @@ class _Run:
         for old in delete_old_checkpoints(self._output_dir, keep=self._config.run.checkpoints_total_limit):
             self._run.emit(CheckpointDeleted(step=old.step, path=old.path.name))
 
+    def _info(self, training: Training, step: int) -> LoraInfo:
+        """What a saved adapter says about itself."""
+        return lora_info(
+            self._config,
+            training.lora,
+            step=step,
+            config_hash=config_hash(self._loaded.config),
+            trigger_words=trigger_words(self._loaded.datasets.images),
+        )
+
     def _save_result(self, training: Training, step: int) -> Path:
         begun = time.monotonic()
         path = self._output_dir / LORA_FILE_NAME
-        info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config))
         with averaged_weights(training.optimizer):
-            save_lora(path, training.adapter_state(), info)
+            self._write_lora(training, path, step)
         if training.ema is not None:
             with training.ema.within():
-                save_lora(self._output_dir / EMA_LORA_FILE_NAME, training.adapter_state(), info)
+                self._write_lora(training, self._output_dir / EMA_LORA_FILE_NAME, step)
         self._run.emit(
             CheckpointSaved(
                 step=step,
@@ -432,6 +442,11 @@ class _Run:
             )
         )
         return path
+
+    def _write_lora(self, training: Training, path: Path, step: int) -> None:
+        """The adapter as it is now, for other programs."""
+        layout = self._config.adapter.lora_format
+        save_lora(path, training.adapter_state(), self._info(training, step), layout=layout)
 
 
 def _averaged(training: Training) -> Averaged | None:

@@ -28,6 +28,10 @@ class AdapterSection(Section):
     peft_lora_target_modules: Annotated[tuple[str, ...] | None, Opt(level="expert")] = None
     """Names of the modules that get an adapter, in place of lora_targets."""
 
+    lora_format: Annotated[Literal["comfyui", "diffusers", "kohya"], Opt()] = "comfyui"
+    """Names in the file of the result. comfyui and diffusers load in both programs; kohya has lora_unet_ names and
+    loads in ComfyUI and recent diffusers. Checkpoints keep comfyui: a run can be resumed with another value."""
+
     init_lora: Annotated[str | None, Opt(holds="path")] = None
     """LoRA file to start from, in place of a fresh adapter."""
 

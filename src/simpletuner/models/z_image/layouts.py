@@ -12,19 +12,12 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from simpletuner.catalog.modules import FUSED_QKV, SPLIT_QKV, from_native, to_native
 from simpletuner.models.streaming import KeyMap
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_FUSED = ".attention.qkv."
-_SPLIT = (".attention.to_q.", ".attention.to_k.", ".attention.to_v.")
-# (ComfyUI's, ours); a leading "^" stands for the start of the name.
-_RENAMED = (
-    (".attention.out.", ".attention.to_out.0."),
-    (".attention.q_norm.", ".attention.norm_q."),
-    (".attention.k_norm.", ".attention.norm_k."),
-    ("^x_embedder.", "^all_x_embedder.2-1."),
-    ("^final_layer.", "^all_final_layer.2-1."),
-)
+_FUSED = f".{FUSED_QKV}."
+_SPLIT = tuple(f".{name}." for name in SPLIT_QKV)
 # ComfyUI's files keep a norm that the architecture's predecessor had and that nothing uses.
 _UNUSED = frozenset({"norm_final.weight"})
 
@@ -38,7 +31,7 @@ def transformer_keys(names: Collection[str]) -> KeyMap:
     def targets(name: str) -> tuple[str, ...]:
         if not name.startswith(prefix) or name.removeprefix(prefix) in _UNUSED:
             return ()
-        ours = _rename(name.removeprefix(prefix), to_ours=True)
+        ours = from_native(name.removeprefix(prefix))
         return tuple(ours.replace(_FUSED, split) for split in _SPLIT) if _FUSED in ours else (ours,)
 
     return targets
@@ -52,7 +45,7 @@ def to_comfy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts = [tensors[name.replace(_SPLIT[0], split)] for split in _SPLIT]
             fused[name.replace(_SPLIT[0], _FUSED)] = torch.cat(parts)
         elif not any(split in name for split in _SPLIT):
-            fused[_rename(name, to_ours=False)] = tensor
+            fused[to_native(name)] = tensor
     return fused
 
 
@@ -71,10 +64,3 @@ def text_encoder_keys(num_layers: int) -> KeyMap:
         return () if is_last or ours in ("norm.weight", "lm_head.weight") else (ours,)
 
     return targets
-
-
-def _rename(name: str, *, to_ours: bool) -> str:
-    anchored = f"^{name}"
-    for comfy, ours in _RENAMED:
-        anchored = anchored.replace(comfy, ours) if to_ours else anchored.replace(ours, comfy)
-    return anchored.removeprefix("^")
