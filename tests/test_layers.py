@@ -26,8 +26,9 @@ LAYERS: dict[str, set[str]] = {
 }
 L2 = ("data", "models", "adapters", "optim", "memory", "quant")
 LAYERS |= {folder: BASE | {"events", "catalog"} for folder in L2}
+LAYERS["experimental"] = BASE | {"events", "catalog"}
 LAYERS["validation"] = BASE | {"events", "catalog", "hardware", "config", *L2}
-LAYERS["train"] = LAYERS["validation"] | {"validation", "planner"}
+LAYERS["train"] = LAYERS["validation"] | {"validation", "planner", "experimental"}
 LAYERS["cli"] = LAYERS["train"] | {"train"}
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL"}
 NO_HEAVY_IMPORTS = ("problems", "i18n", "__init__", "events", "catalog", "hardware", "config", "planner")

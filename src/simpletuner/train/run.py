@@ -60,6 +60,7 @@ from simpletuner.train.offload import announce_offload
 from simpletuner.train.oom import is_out_of_memory, out_of_memory
 from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache, free_memory
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
+from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
 from simpletuner.train.start import Start
 from simpletuner.train.step import MicroBatch, StepResult, train_step
 from simpletuner.validation.requests import ImageRequest
@@ -317,6 +318,9 @@ class _Run:
         config = self._config
         for problem in schedule_problems(schedule_settings(config), total_steps):
             self._run.emit(ProblemReported(problem=problem))
+        rollout = rollout_settings(config)
+        if rollout is not None:
+            self._run.emit(ProblemReported(problem=rollout_cost(rollout)))
         device = compute.device
         free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
         steps_per_epoch = sampler.batches_per_epoch / config.optimizer.gradient_accumulation_steps
@@ -384,6 +388,7 @@ class _Run:
             optimizer=training.optimizer,
             learning_rate=learning_rate,
             settings=step_settings(self._config, rank=0),
+            rollout=make_rollout(self._config, training.predict_still),
         )
         if training.ema is not None:
             training.ema.update_()
