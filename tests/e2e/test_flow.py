@@ -25,12 +25,12 @@ SWITCHED_ON = {
         "ema_update_interval": 2,
         "ema_decay": 0.9,
     },
-    "levels in turn, average on the accelerator": {
+    "levels in turn, average on the CPU": {
         "flow_custom_timesteps": [900, 500, 100],
         "flow_timesteps_mode": "round-robin",
         "loss_type": "smooth_l1",
         "use_ema": True,
-        "ema_device": "accelerator",
+        "ema_device": "cpu",
         "ema_warmup_steps": 3,
         "ema_foreach_disable": True,
     },

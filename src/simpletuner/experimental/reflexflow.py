@@ -39,9 +39,8 @@ class ReflexFlow:
         """W, with a mean of 1; all 1 where nothing has drifted."""
         coarse = coarse_part(drift).abs()
         mean = coarse.mean()
-        if mean <= _LEAST:
-            return torch.ones_like(coarse)
-        return (1 + self.alpha * coarse / mean) / (1 + self.alpha)
+        relative = torch.where(mean > _LEAST, coarse / mean.clamp_min(_LEAST), torch.ones_like(coarse))
+        return (1 + self.alpha * relative) / (1 + self.alpha)
 
 
 def coarse_part(drift: Tensor) -> Tensor:

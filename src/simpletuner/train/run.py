@@ -221,7 +221,7 @@ class _Run:
         ending, step = run_loop(
             batches,
             settings=self._loop_settings(sampler, start_step=start_step, total_steps=total_steps),
-            update=lambda micro, rate: self._update(training, micro, rate),
+            update=self._updater(training),
             save=lambda step: self._save(training, recipe, step),
             validate=validate,
             steering=_Steering(run, self._stop),
@@ -291,6 +291,7 @@ class _Run:
             targets=lora.targets,
             rank=lora.rank,
             alpha=lora.alpha,
+            options={**config.flow.model_dump(), **config.experimental.model_dump()},
         )
 
     def _check_checkpoint(self, checkpoint: Checkpoint | None, recipe: Recipe) -> int:
@@ -378,21 +379,28 @@ class _Run:
         params = {"checkpoint": checkpoint.path.name, "step": checkpoint.step}
         self._run.emit(ProblemReported(problem=Problem(code="W-EMA-BEGINS", severity=Severity.WARNING, params=params)))
 
-    def _update(self, training: Training, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
-        result = train_step(
-            batches,
-            num_batches=self._config.optimizer.gradient_accumulation_steps,
-            predict=training.predict,
-            parent=lambda: disabled(training.transformer),
-            params=training.params,
-            optimizer=training.optimizer,
-            learning_rate=learning_rate,
-            settings=step_settings(self._config, rank=0),
-            rollout=make_rollout(self._config, training.predict_still),
-        )
-        if training.ema is not None:
-            training.ema.update_()
-        return result
+    def _updater(self, training: Training) -> Callable[[Iterator[MicroBatch], float], StepResult]:
+        """One optimizer update: (micro-batches, learning rate) -> what it came to."""
+        settings = step_settings(self._config, rank=0)
+        rollout = make_rollout(self._config, training.predict_still)
+
+        def update(batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+            result = train_step(
+                batches,
+                num_batches=self._config.optimizer.gradient_accumulation_steps,
+                predict=training.predict,
+                parent=lambda: disabled(training.transformer),
+                params=training.params,
+                optimizer=training.optimizer,
+                learning_rate=learning_rate,
+                settings=settings,
+                rollout=rollout,
+            )
+            if training.ema is not None:
+                training.ema.update_()
+            return result
+
+        return update
 
     def _save(self, training: Training, recipe: Recipe, step: int) -> None:
         begun = time.monotonic()
