@@ -118,4 +118,5 @@ def test_an_average_may_begin_at_a_checkpoint_without_one(project, train):
     train("--use_ema", "true", "--max_train_steps", "3")
     told = [event["problem"]["code"] for event in project.events() if event["event"] == "problem"]
     assert "W-EMA-BEGINS" in told
+    assert "W-CHECKPOINT-DIFFERS" not in told, "nothing that decides a step was changed"
     assert (project.output / EMA_WEIGHTS).is_file()

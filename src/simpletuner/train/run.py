@@ -54,6 +54,7 @@ from simpletuner.train.checkpoint import (
     total_bytes,
 )
 from simpletuner.train.device import Compute, choose_compute, choose_device, device_name
+from simpletuner.train.flow_options import deciding_options
 from simpletuner.train.images import Validator
 from simpletuner.train.loop import Ending, LoopSettings, run_loop
 from simpletuner.train.offload import announce_offload
@@ -291,7 +292,7 @@ class _Run:
             targets=lora.targets,
             rank=lora.rank,
             alpha=lora.alpha,
-            options={**config.flow.model_dump(), **config.experimental.model_dump()},
+            options=deciding_options(config, self._loaded.datasets),
         )
 
     def _check_checkpoint(self, checkpoint: Checkpoint | None, recipe: Recipe) -> int:
