@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,7 @@ GUIDES = [
     ROOT / "docs" / "quickstart" / "ZIMAGE.md",
     ROOT / "docs" / "OPTIMIZERS.md",
     ROOT / "docs" / "MEMORY.md",
+    ROOT / "docs" / "FLOW.md",
 ]
 TRANSLATIONS = [page.with_suffix(".es.md") for page in GUIDES]
 WRITTEN = [*GUIDES, *TRANSLATIONS]
@@ -225,6 +226,7 @@ def check_configuration(config: str, datasets: str, folder: Path) -> None:
 def test_names_in_the_text_are_options_or_keys(page: Path):
     """A name with underscores in backquotes is an option, a key of a dataset, or one of the few others."""
     others = {"lora_rnk", "validation_images", "demo_dataset", "guidance_scale", "by_model", "load_lora_weights"}
+    others |= {field.name for event in event_types.EVENTS.values() for field in fields(event)}
     arguments = {argument.name for row in OPTIMIZERS.values() for argument in row.arguments}
     known = {*options(), *dataset_options("image"), *dataset_options("text_embeds"), *OPTIMIZERS, *arguments, *others}
     known |= {spelling for spelling, _ in OPTIMIZER_SPELLINGS}

@@ -26,8 +26,9 @@ LAYERS: dict[str, set[str]] = {
 }
 L2 = ("data", "models", "adapters", "optim", "memory", "quant")
 LAYERS |= {folder: BASE | {"events", "catalog"} for folder in L2}
+LAYERS["experimental"] = BASE | {"events", "catalog"}
 LAYERS["validation"] = BASE | {"events", "catalog", "hardware", "config", *L2}
-LAYERS["train"] = LAYERS["validation"] | {"validation", "planner"}
+LAYERS["train"] = LAYERS["validation"] | {"validation", "planner", "experimental"}
 LAYERS["tools"] = BASE | {"events", "catalog", "adapters", "models"}
 LAYERS["cli"] = LAYERS["train"] | {"train", "tools"}
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL"}

@@ -21,6 +21,7 @@ CASES = {
     ),
     "E-EMA-TWICE": ({"use_ema": True, "optimizer": "adamw_schedulefree"}, ["adamw_schedulefree", "use_ema"]),
     "W-EMA-UNREAD": ({"ema_decay": 0.9, "ema_validation": "none"}, ["ema_decay, ema_validation", "use_ema=true"]),
+    "W-ROLLOUT-NEVER": ({"scheduled_sampling_max_step_offset": 2}, ["scheduled_sampling_probability"]),
     "W-FLOW-UNREAD": ({"huber_c": 0.5, "noise_offset": 0.2}, ["huber_c, noise_offset", "loss_type=huber"]),
 }
 
@@ -84,3 +85,50 @@ def test_numbers_are_read(text, numbers):
 def test_what_is_no_list_of_numbers(text):
     with pytest.raises(ValueError):
         parse_numbers(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        ({"scheduled_sampling_probability": 0.5}, "scheduled_sampling_max_step_offset"),
+        (
+            {
+                "scheduled_sampling_max_step_offset": 2,
+                "scheduled_sampling_ramp_steps": 5,
+                "scheduled_sampling_prob_end": 0,
+            },
+            "scheduled_sampling_prob_end",
+        ),
+    ],
+)
+def test_rollouts_that_will_not_happen(with_config, options, needs):
+    assert with_config(options).problem("W-ROLLOUT-NEVER").params["needs"] == needs
+
+
+@pytest.mark.parametrize(
+    ("options", "unread"),
+    [
+        ({"scheduled_sampling_ramp_steps": 5}, "scheduled_sampling_probability"),
+        (
+            {"scheduled_sampling_prob_start": 0.1, "scheduled_sampling_sampler": "euler"},
+            "scheduled_sampling_prob_start",
+        ),
+        ({"scheduled_sampling_sampler": "euler", "scheduled_sampling_order": 3}, "scheduled_sampling_order"),
+    ],
+)
+def test_what_rollouts_do_not_read(with_config, options, unread):
+    on = {"scheduled_sampling_max_step_offset": 2, "scheduled_sampling_probability": 0.5}
+    assert with_config({**on, **options}).problem("W-FLOW-UNREAD").params["unread"] == unread
+
+
+def test_rollouts_on_are_accepted_in_silence(with_config):
+    options = {
+        "scheduled_sampling_max_step_offset": 4,
+        "scheduled_sampling_prob_start": 0.0,
+        "scheduled_sampling_ramp_steps": 100,
+        "scheduled_sampling_ramp_shape": "cosine",
+        "reflexflow": False,
+    }
+    project = with_config(options)
+    assert project.codes() == []
+    assert project.load().config.experimental.scheduled_sampling_reflexflow == "off"

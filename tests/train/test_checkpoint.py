@@ -16,8 +16,11 @@ from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import ConfigError, Severity
 from simpletuner.train import checkpoint as checkpoints
 from simpletuner.train.checkpoint import (
+    EMA_LORA_FILE_NAME,
+    Averaged,
     delete_old_checkpoints,
     load_adapter,
+    load_average,
     load_optimizer_state,
     save_checkpoint,
 )
@@ -36,14 +39,16 @@ RECIPE = Recipe(
 )
 
 
-def save(folder, step, *, value=1.0):
+def save(folder, step, *, value=1.0, averaged=None):
     adapter = {
         "layers.0.to_q.lora_A.weight": torch.full((4, 8), value),
         "layers.0.to_q.lora_B.weight": torch.ones(8, 4),
     }
     state = {"state": {0: {"exp_avg": torch.full((4, 8), value)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     info = LoraInfo(rank=4, alpha=4.0)
-    return save_checkpoint(folder, step=step, recipe=RECIPE, adapter=adapter, info=info, optimizer_state=state)
+    return save_checkpoint(
+        folder, step=step, recipe=RECIPE, adapter=adapter, info=info, optimizer_state=state, averaged=averaged
+    )
 
 
 def test_what_explains_a_plan_is_saved_and_checkpoints_without_it_are_read(tmp_path):
@@ -152,6 +157,34 @@ def test_other_options_warn_or_refuse(tmp_path):
     assert (problems["lora_rank"].severity, problems["train_batch_size"].severity) == (Severity.ERROR, Severity.WARNING)
     assert "lora_rank era 4 y ahora es 8" in render_problem(problems["lora_rank"], "es")[0]
     assert "another train_batch_size (2, now 3)" in render_problem(problems["train_batch_size"], "en")[0]
+
+
+def test_other_noise_levels_warn_by_the_options_name(tmp_path):
+    before = {"flow_schedule_shift": 3.0, "flow_custom_timesteps": None, "loss_type": "l2"}
+    checkpoint = replace(save(tmp_path, 5), recipe=replace(RECIPE, options=before))
+    now = replace(RECIPE, options={**before, "flow_schedule_shift": 1.0, "flow_custom_timesteps": "500", "new": 1})
+    problems = recipe_problems(checkpoint, now)
+    assert [problem.code for problem in problems] == ["W-CHECKPOINT-DIFFERS"] * 2
+    assert "flow_schedule_shift (3.0, now 1.0)" in render_problem(problems[0], "en")[0]
+    assert "flow_custom_timesteps (-, ahora 500)" in render_problem(problems[1], "es")[0]
+    assert recipe_problems(save(tmp_path, 6), now) == [], "an earlier version did not say"
+
+
+def test_an_average_is_saved_as_an_adapter_and_as_it_goes_on(tmp_path):
+    tensors = {"layers.0.to_q.lora_A.weight": torch.ones(4, 8), "layers.0.to_q.lora_B.weight": torch.ones(8, 4)}
+    state = {"num_steps": 7, "average": [torch.rand(4, 8), torch.rand(8, 4)]}
+    plain = save(tmp_path, 5)
+    assert load_average(plain) is None
+    averaged = save(tmp_path, 6, averaged=Averaged(adapter=tensors, state=state))
+    found = load_average(averaged)
+    assert found["num_steps"] == 7
+    assert all(torch.equal(a, b) for a, b in zip(found["average"], state["average"], strict=True))
+    assert set(json.loads((averaged.path / "training_state.json").read_text())["files"]) == {
+        LORA_FILE_NAME,
+        EMA_LORA_FILE_NAME,
+        "ema.pt",
+        "optimizer.pt",
+    }
 
 
 PARTS = PlanParts(num_images=24, images="i", captions="c", crops="g", datasets="d")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from simpletuner.experimental.rollout import Ramp, Rollout, RolloutSettings
 from simpletuner.i18n import render_problem
 from simpletuner.problems import SimpletunerError
 from simpletuner.train.flow import FlowSettings
@@ -61,7 +62,7 @@ class Model:
         yield
         self.adapted = True
 
-    def step(self, batches, optimizer=None, **changes):
+    def step(self, batches, optimizer=None, rollout=None, **changes):
         optimizer = optimizer or torch.optim.SGD([self.weight, self.bias], lr=1.0)
         return train_step(
             iter(batches),
@@ -72,6 +73,7 @@ class Model:
             optimizer=optimizer,
             learning_rate=0.1,
             settings=settings(**changes),
+            rollout=rollout,
         )
 
 
@@ -160,3 +162,29 @@ def test_what_was_not_finite_is_looked_for_in_every_micro_batch_of_the_step():
     params = caught.value.problems[0].params
     assert all(name in str(params["files"]) for name in ("image-6-0.png", "image-7-1.png"))
     assert (params["step"], len(str(params["sigmas"]).split(", "))) == (4, 4)
+
+
+def rollout(model: Model, **changes) -> Rollout:
+    values = {"levels": (1.0, 0.75, 0.5, 0.25), "max_offset": 2, "ramp": Ramp(start=1.0, end=1.0)}
+    return Rollout(settings=RolloutSettings(**{**values, **changes}), predict=model.predict)
+
+
+def test_rollouts_replace_what_the_model_sees_and_are_counted():
+    plain, rolled = Model(), Model()
+    plain.step([micro_batch(3, 8)])
+    result = rolled.step([micro_batch(3, 8)], rollout=rollout(rolled))
+    assert 0 < result.rollout_forwards <= 2
+    assert not all(torch.equal(a, b) for a, b in zip(plain.seen, rolled.seen[-8:], strict=True))
+    assert not torch.equal(plain.weight, rolled.weight)
+
+
+def test_a_share_of_zero_and_regularisation_leave_the_step_as_it_is_bit_for_bit():
+    for batch, ramp in (
+        (micro_batch(3, 8), Ramp(start=0.0, end=0.0)),
+        (micro_batch(3, 8, regularisation=True), Ramp(start=1.0, end=1.0)),
+    ):
+        plain, other = Model(), Model()
+        one = plain.step([batch])
+        another = other.step([batch], rollout=rollout(other, ramp=ramp))
+        assert one.loss == another.loss and torch.equal(plain.weight, other.weight)
+        assert len(plain.seen) == len(other.seen)

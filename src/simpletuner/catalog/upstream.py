@@ -39,8 +39,7 @@ _RESULT_FLAGS = """
 _RESULT_VALUES = """
     peft_lora_mode=standard lora_init_type=default singlora_ramp_up_steps init_lokr_norm
     distillation_method distillation_config tread_config
-    diffusion_blocks_config timestep_bias_strategy scheduled_sampling_max_step_offset
-    scheduled_sampling_probability prediction_type=flow_matching 
+    diffusion_blocks_config timestep_bias_strategy     prediction_type=flow_matching 
     qwen_text_encoder_model_name_or_path
 """
 _MEMORY_FLAGS = """
@@ -68,7 +67,7 @@ _OTHER_FLAGS = """
     delete_problematic_images delete_unwanted_images print_filenames print_sampler_statistics debug_aspect_buckets
     debug_dataset_loader push_checkpoints_to_hub push_to_hub_background model_card_private
     model_card_safe_for_work checkpointing_use_tempdir delete_invalid_checkpoints same_network
-    find_unused_parameters reflexflow validation_torch_compile
+    find_unused_parameters validation_torch_compile
     disable_multiline_split skip_file_discovery fsdp_reshard_after_forward fsdp_cpu_ram_efficient_loading
     fsdp_limit_all_gathers fsdp_activation_checkpointing use_soft_min_snr rescale_betas_zero_snr
 """
@@ -76,9 +75,7 @@ _OTHER_VALUES = """
     lycoris_config
     init_lora_step init_lora_ema validation_lycoris_strength gradient_precision
     masked_loss_probability=1,1.0 mixflow_gamma
-    scheduled_sampling_strategy scheduled_sampling_prob_start scheduled_sampling_prob_end
-    scheduled_sampling_ramp_steps scheduled_sampling_start_step scheduled_sampling_ramp_shape
-    scheduled_sampling_sampler scheduled_sampling_order snr_gamma snr_weight timestep_bias_begin timestep_bias_end
+            snr_gamma snr_weight timestep_bias_begin timestep_bias_end
     timestep_bias_multiplier timestep_bias_portion sdnq_weights_dtype sdnq_quantized_matmul_dtype sdnq_group_size
     sdnq_use_quantized_matmul sdnq_compile_mode sdnq_use_hadamard sdnq_hadamard_group_size
     validation_preview_steps=1 validation_epoch_interval validate_after_step validate_after_epoch

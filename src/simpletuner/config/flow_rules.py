@@ -1,6 +1,8 @@
-"""Rules about the law of the noise levels, the noise and the loss."""
+"""Rules about the law of the noise levels, the noise, the loss and scheduled sampling."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from simpletuner.config.number_list import parse_numbers
 from simpletuner.config.root import Config
@@ -101,13 +103,59 @@ def loss_and_noise_read_what_is_set(c: Config, origins: Origins) -> Problem | No
         "noise_offset": ("offset_noise=true", flow.offset_noise),
         "noise_offset_probability": ("offset_noise=true", flow.offset_noise),
     }
-    unread = {
-        name: reader for name, (reader, is_read) in readers.items() if not is_read and was_changed(c, name, origins)
+    return _unread(readers, c, origins)
+
+
+@rule(
+    "scheduled_sampling_max_step_offset",
+    "scheduled_sampling_probability",
+    "scheduled_sampling_ramp_steps",
+    "scheduled_sampling_prob_start",
+    "scheduled_sampling_prob_end",
+)
+def rollouts_happen(c: Config, origins: Origins) -> Problem | None:
+    """Somebody asks for rollouts, and there are none."""
+    options = c.experimental
+    share = options.scheduled_sampling_probability
+    if options.scheduled_sampling_ramp_steps:
+        share = max(options.scheduled_sampling_prob_start, options.scheduled_sampling_prob_end)
+    if options.scheduled_sampling_max_step_offset and not share:
+        fixes = (Fix(key="scheduled_sampling_probability", value=0.5),)
+        if options.scheduled_sampling_ramp_steps:
+            fixes = (Fix(key="scheduled_sampling_prob_end", value=0.5),)
+        return Problem(code="W-ROLLOUT-NEVER", severity=_WARNING, params={"needs": fixes[0].key}, fixes=fixes)
+    asked = options.scheduled_sampling_probability > 0 or options.scheduled_sampling_ramp_steps > 0
+    if asked and not options.scheduled_sampling_max_step_offset:
+        fixes = (Fix(key="scheduled_sampling_max_step_offset", value=2),)
+        params = {"needs": "scheduled_sampling_max_step_offset"}
+        return Problem(code="W-ROLLOUT-NEVER", severity=_WARNING, params=params, fixes=fixes)
+    return None
+
+
+@rule(
+    "scheduled_sampling_probability",
+    "scheduled_sampling_prob_start",
+    "scheduled_sampling_prob_end",
+    "scheduled_sampling_ramp_shape",
+    "scheduled_sampling_order",
+    "scheduled_sampling_ramp_steps",
+    "scheduled_sampling_sampler",
+)
+def rollouts_read_what_is_set(c: Config, origins: Origins) -> Problem | None:
+    options = c.experimental
+    has_ramp = options.scheduled_sampling_ramp_steps > 0
+    ramp = "scheduled_sampling_ramp_steps"
+    readers = {
+        "scheduled_sampling_probability": (f"{ramp}=0", not has_ramp),
+        "scheduled_sampling_prob_start": (ramp, has_ramp),
+        "scheduled_sampling_prob_end": (ramp, has_ramp),
+        "scheduled_sampling_ramp_shape": (ramp, has_ramp),
+        "scheduled_sampling_order": (
+            "scheduled_sampling_sampler=unipc",
+            options.scheduled_sampling_sampler != "euler",
+        ),
     }
-    if not unread:
-        return None
-    params = {"unread": ", ".join(unread), "readers": ", ".join(dict.fromkeys(unread.values()))}
-    return Problem(code="W-FLOW-UNREAD", severity=_WARNING, params=params, path=f"/{next(iter(unread))}")
+    return _unread(readers, c, origins)
 
 
 def _laws(flow: FlowSection) -> list[str]:
@@ -119,6 +167,18 @@ def _laws(flow: FlowSection) -> list[str]:
         "flow_custom_timesteps": flow.flow_custom_timesteps is not None,
     }
     return [name for name, is_asked in asked.items() if is_asked]
+
+
+def _unread(readers: Mapping[str, tuple[str, bool]], c: Config, origins: Origins) -> Problem | None:
+    """A warning of the options that somebody changed and that are not read; `readers`: option -> (what it takes to
+    read it, whether that is so)."""
+    unread = {
+        name: reader for name, (reader, is_read) in readers.items() if not is_read and was_changed(c, name, origins)
+    }
+    if not unread:
+        return None
+    params = {"unread": ", ".join(unread), "readers": ", ".join(dict.fromkeys(unread.values()))}
+    return Problem(code="W-FLOW-UNREAD", severity=_WARNING, params=params, path=f"/{next(iter(unread))}")
 
 
 def _off(name: str) -> object:

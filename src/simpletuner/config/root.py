@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from simpletuner.config.fields import Option, Section, describe
 from simpletuner.config.sections.adapter import AdapterSection
 from simpletuner.config.sections.data import DataSection
+from simpletuner.config.sections.experimental import ExperimentalSection
 from simpletuner.config.sections.flow import FlowSection
 from simpletuner.config.sections.memory import MemorySection
 from simpletuner.config.sections.model import ModelSection
@@ -33,6 +34,7 @@ class Config(BaseModel):
     optimizer: OptimizerSection = OptimizerSection()
     data: DataSection = DataSection()
     flow: FlowSection = FlowSection()
+    experimental: ExperimentalSection = ExperimentalSection()
     memory: MemorySection = MemorySection()
     parallel: ParallelSection = ParallelSection()
     validation: ValidationSection = ValidationSection()

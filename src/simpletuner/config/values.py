@@ -152,6 +152,8 @@ def _aspects(value: object, option: Option) -> tuple[object, ...]:
 def _text(value: object, option: Option) -> str:
     if option.opt.holds == "json" and isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bool) and any(spelling == "true" for spelling, _ in option.opt.spellings):
+        value = "true" if value else "false"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):

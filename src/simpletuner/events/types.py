@@ -234,6 +234,7 @@ class StepFinished(Event):
     samples: int  # in the global batch of this update
     data_seconds: float | None = None  # of step_seconds, waiting for data
     sigma_mean: float | None = None
+    rollout_forwards: float | None = None  # extra forward passes per sample, of scheduled sampling
     peak_memory_bytes: int | None = None
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 from simpletuner.catalog.modules import LORA_TARGETS
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
+from simpletuner.catalog.rollouts import mean_offset
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset
 from simpletuner.config.root import Config
 from simpletuner.config.sections.memory import MemorySection
@@ -112,6 +113,7 @@ def plan_input(
         vae_batch=config.data.vae_batch_size,
         tile_px=read_tile(config),
         average=_average(config),
+        extra_forwards=_extra_forwards(config),
     )
 
 
@@ -120,6 +122,16 @@ def _average(config: Config) -> Literal["device", "host"] | None:
     if not optimizer.use_ema:
         return None
     return "host" if optimizer.ema_cpu_only or optimizer.ema_device == "cpu" else "device"
+
+
+def _extra_forwards(config: Config) -> float:
+    """Of scheduled sampling, once its ramp is at its end."""
+    options = config.experimental
+    if not options.scheduled_sampling_max_step_offset:
+        return 0.0
+    has_ramp = options.scheduled_sampling_ramp_steps > 0
+    share = options.scheduled_sampling_prob_end if has_ramp else options.scheduled_sampling_probability
+    return share * mean_offset(options.scheduled_sampling_strategy, options.scheduled_sampling_max_step_offset)
 
 
 def model_sizes(config: Config) -> ModelSizes:

@@ -72,7 +72,7 @@ class PlanInput:
     blocks follows from that; None: it follows from `interval`. keeps_product: recomputed blocks keep the output of
     their last linear layer beside their input. inputs_on_host: those of recomputed blocks wait in main
     memory. tile_px: side of the VAE's tiles, None: whole images. average: where a moving average of the trained weights
-    is kept, None: there is none.
+    is kept, None: there is none. extra_forwards: of rollouts, per picture.
     """
 
     sizes: ModelSizes = field(default_factory=ModelSizes)
@@ -102,6 +102,7 @@ class PlanInput:
     vae_batch: int = 4
     tile_px: int | None = None
     average: Literal["device", "host"] | None = None
+    extra_forwards: float = 0.0
 
 
 def padded(tokens: int) -> int:

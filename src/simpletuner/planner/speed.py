@@ -21,7 +21,7 @@ class StepFlops:
 
 
 def step_flops(plan: PlanInput) -> StepFlops:
-    """Forward, backward without weight gradients of the frozen base, and what is computed again."""
+    """Forward, backward without weight gradients of the frozen base, what is computed again, and rollouts."""
     sizes, picture = plan.sizes.transformer, plan.train
     linear, attention = _block_flops(plan, picture.tokens)
     prefix = sum(_block_flops(plan, picture.image_tokens)) * sizes.n_refiner_layers
@@ -31,7 +31,7 @@ def step_flops(plan: PlanInput) -> StepFlops:
     forward = sizes.n_layers * (linear + attention) + prefix + ends + lora
     backward = sizes.n_layers * (linear + _ATTENTION_BACKWARD * attention) + ends + 2 * lora
     again = linear + attention - (_last_product_flops(plan, picture.tokens) if plan.keeps_product else 0.0)
-    step = forward + backward + num_again * again
+    step = forward * (1 + plan.extra_forwards) + backward + num_again * again
     return StepFlops(forward=picture.count * forward, step=picture.count * step)
 
 

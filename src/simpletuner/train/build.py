@@ -75,6 +75,16 @@ class Training:
         """Velocities of noisy latents; see `step.Predict`."""
         return self.velocity(latents, sigma_B, self.contexts.get(prompts))
 
+    def predict_still(self, latents: Sequence[Tensor], sigma_B: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+        """As `predict`, as for an image: without gradient and dropout."""
+        was_training = self.transformer.training
+        self.transformer.eval()
+        try:
+            with torch.no_grad():
+                return self.predict(latents, sigma_B, prompts)
+        finally:
+            self.transformer.train(was_training)
+
     def velocity(self, latents: Sequence[Tensor], sigma_B: Tensor, context: Sequence[Tensor]) -> list[Tensor]:
         """Velocities for refined contexts."""
         with self._autocast():

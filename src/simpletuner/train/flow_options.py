@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from simpletuner.config.datasets import DatasetsConfig
+from simpletuner.config.root import Config
 from simpletuner.config.sections.flow import FlowSection
 from simpletuner.train.flow import FlowSettings, LossSettings, NoiseSettings
 from simpletuner.train.sigma_law import law_of
@@ -31,3 +33,14 @@ def noise_settings(options: FlowSection) -> NoiseSettings:
 def loss_settings(options: FlowSection) -> LossSettings:
     """How far a prediction is from its target."""
     return LossSettings(kind=options.loss_type, schedule=options.huber_schedule, huber_c=options.huber_c)
+
+
+def deciding_options(config: Config, datasets: DatasetsConfig) -> dict[str, object]:
+    """Every option that decides which levels, noise, states and loss a step has; a checkpoint remembers them."""
+    found: dict[str, object] = {**config.flow.model_dump(), **config.experimental.model_dump()}
+    if config.experimental.scheduled_sampling_max_step_offset:
+        found["validation_num_inference_steps"] = config.validation.validation_num_inference_steps
+        found["validation_sampling_shift"] = config.validation.validation_sampling_shift
+    for dataset in datasets.images:
+        found[f"{dataset.id}.timestep_sampling_offset"] = dataset.timestep_sampling_offset
+    return found

@@ -127,4 +127,5 @@ def _step_event(
         samples=result.num_samples,
         data_seconds=data_seconds,
         sigma_mean=result.mean_sigma,
+        rollout_forwards=result.rollout_forwards or None,
     )

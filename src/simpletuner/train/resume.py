@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,11 +41,18 @@ class Recipe:
     rank: int
     alpha: float
     parts: PlanParts | None = None  # explain a difference of `plan`; older checkpoints have none
+    options: Mapping[str, object] | None = None  # of noise levels, loss and rollouts; older checkpoints have none
 
     def differences(self, other: Recipe) -> dict[str, tuple[object, object]]:
-        """Field -> (value here, value in `other`) where they differ; `parts` decide nothing."""
-        mine, theirs = asdict(self), asdict(other)
-        return {name: (mine[name], theirs[name]) for name in mine if name != "parts" and mine[name] != theirs[name]}
+        """Field or option -> (value here, value in `other`) where they differ; `parts` decide nothing."""
+        mine, theirs = (
+            {name: value for name, value in asdict(one).items() if name not in ("parts", "options")}
+            for one in (self, other)
+        )
+        if self.options is not None and other.options is not None:
+            mine |= self.options
+            theirs |= {name: other.options.get(name, value) for name, value in self.options.items()}
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +147,8 @@ def _data_problems(checkpoint: str, *, before: PlanParts | None, now: PlanParts 
 
 
 def _shown(value: object) -> object:
+    if value is None:
+        return "-"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else value
 
 

@@ -55,12 +55,14 @@ from simpletuner.train.checkpoint import (
     total_bytes,
 )
 from simpletuner.train.device import Compute, choose_compute, choose_device, device_name
+from simpletuner.train.flow_options import deciding_options
 from simpletuner.train.images import Validator
 from simpletuner.train.loop import Ending, LoopSettings, run_loop
 from simpletuner.train.offload import announce_offload
 from simpletuner.train.oom import is_out_of_memory, out_of_memory
 from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache, free_memory
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
+from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
 from simpletuner.train.start import Start
 from simpletuner.train.step import MicroBatch, StepResult, train_step
 from simpletuner.validation.requests import ImageRequest
@@ -221,7 +223,7 @@ class _Run:
         ending, step = run_loop(
             batches,
             settings=self._loop_settings(sampler, start_step=start_step, total_steps=total_steps),
-            update=lambda micro, rate: self._update(training, micro, rate),
+            update=self._updater(training),
             save=lambda step: self._save(training, recipe, step),
             validate=validate,
             steering=_Steering(run, self._stop),
@@ -291,6 +293,7 @@ class _Run:
             targets=lora.targets,
             rank=lora.rank,
             alpha=lora.alpha,
+            options=deciding_options(config, self._loaded.datasets),
         )
 
     def _check_checkpoint(self, checkpoint: Checkpoint | None, recipe: Recipe) -> int:
@@ -318,6 +321,9 @@ class _Run:
         config = self._config
         for problem in schedule_problems(schedule_settings(config), total_steps):
             self._run.emit(ProblemReported(problem=problem))
+        rollout = rollout_settings(config)
+        if rollout is not None:
+            self._run.emit(ProblemReported(problem=rollout_cost(rollout)))
         device = compute.device
         free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
         steps_per_epoch = sampler.batches_per_epoch / config.optimizer.gradient_accumulation_steps
@@ -375,20 +381,28 @@ class _Run:
         params = {"checkpoint": checkpoint.path.name, "step": checkpoint.step}
         self._run.emit(ProblemReported(problem=Problem(code="W-EMA-BEGINS", severity=Severity.WARNING, params=params)))
 
-    def _update(self, training: Training, batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
-        result = train_step(
-            batches,
-            num_batches=self._config.optimizer.gradient_accumulation_steps,
-            predict=training.predict,
-            parent=lambda: disabled(training.transformer),
-            params=training.params,
-            optimizer=training.optimizer,
-            learning_rate=learning_rate,
-            settings=step_settings(self._config, rank=0),
-        )
-        if training.ema is not None:
-            training.ema.update_()
-        return result
+    def _updater(self, training: Training) -> Callable[[Iterator[MicroBatch], float], StepResult]:
+        """One optimizer update: (micro-batches, learning rate) -> what it came to."""
+        settings = step_settings(self._config, rank=0)
+        rollout = make_rollout(self._config, training.predict_still)
+
+        def update(batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
+            result = train_step(
+                batches,
+                num_batches=self._config.optimizer.gradient_accumulation_steps,
+                predict=training.predict,
+                parent=lambda: disabled(training.transformer),
+                params=training.params,
+                optimizer=training.optimizer,
+                learning_rate=learning_rate,
+                settings=settings,
+                rollout=rollout,
+            )
+            if training.ema is not None:
+                training.ema.update_()
+            return result
+
+        return update
 
     def _save(self, training: Training, recipe: Recipe, step: int) -> None:
         begun = time.monotonic()

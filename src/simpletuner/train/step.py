@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from simpletuner.experimental.rollout import Rolled, Rollout
 from simpletuner.optim.build import set_learning_rate_
 from simpletuner.problems import ExitCode, Problem, SimpletunerError
 from simpletuner.train.flow import (
@@ -20,6 +21,7 @@ from simpletuner.train.flow import (
     add_noise,
     draw_noise,
     draw_sigma,
+    flow_errors,
     flow_loss,
     flow_targets,
     perturbed,
@@ -67,6 +69,7 @@ class StepResult:
     grad_norm: float  # before clipping
     num_samples: int
     mean_sigma: float
+    rollout_forwards: float = 0.0  # per sample, without gradient
 
 
 def train_step(
@@ -79,10 +82,12 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     learning_rate: float,
     settings: StepSettings,
+    rollout: Rollout | None = None,
 ) -> StepResult:
     """Accumulate the gradients of `num_batches` micro-batches, then move `params` once.
 
-    Within `parent()` the model predicts without the trained adapter: the target of regularisation samples.
+    Within `parent()` the model predicts without the trained adapter: the target of regularisation samples. `rollout`
+    replaces what some of the other samples show the model.
 
     Raises:
         SimpletunerError: the loss or a gradient is not finite; nothing was moved.
@@ -91,9 +96,13 @@ def train_step(
     regularisation_losses: list[Tensor] = []
     sigmas: list[Tensor] = []
     seen: list[MicroBatch] = []
+    num_rollout_forwards = 0
     for batch in batches:
         window = Window.of(batch.index, num_parts=num_batches, seed=settings.seed, rank=settings.rank)
-        loss_B, sigma_B = _batch_loss(batch, window, predict=predict, parent=parent, settings=settings)
+        loss_B, sigma_B, num_forwards = _batch_loss(
+            batch, window, predict=predict, parent=parent, settings=settings, rollout=rollout
+        )
+        num_rollout_forwards += num_forwards
         (loss_B.mean() / num_batches).backward()
         (regularisation_losses if batch.is_regularisation else losses).append(loss_B.detach())
         sigmas.append(sigma_B)
@@ -113,6 +122,7 @@ def train_step(
         grad_norm=grad_norm,
         num_samples=len(everything),
         mean_sigma=torch.cat(sigmas).mean().item(),
+        rollout_forwards=num_rollout_forwards / len(everything),
     )
 
 
@@ -123,8 +133,10 @@ def _batch_loss(
     predict: Predict,
     parent: Callable[[], AbstractContextManager[None]],
     settings: StepSettings,
-) -> tuple[Tensor, Tensor]:
-    """Loss and noise level of each sample, both [B]. All randomness comes from (seed, rank, batch.index)."""
+    rollout: Rollout | None,
+) -> tuple[Tensor, Tensor, int]:
+    """Loss and noise level of each sample, both [B], and how often rollouts looked at the model. All randomness comes
+    from (seed, rank, batch.index)."""
     draws = generator(settings.seed, "flow", settings.rank, batch.index)
     num_tokens = [x.shape[-2] * x.shape[-1] // settings.latents_per_token for x in batch.latents]
     sigma_B = draw_sigma(settings.flow, num_tokens, window, offset=batch.sigma_offset)
@@ -133,6 +145,19 @@ def _batch_loss(
     seen_noise = perturbed(noise, perturbation, draws) if perturbation else noise
     sigma_on_device_B = sigma_B.to(batch.latents[0].device, non_blocking=True)
     noisy = add_noise(batch.latents, seen_noise, sigma_on_device_B)
+    rolled: Rolled | None = None
+    if rollout is not None and not batch.is_regularisation:
+        rolled = rollout.roll_out(
+            batch.latents,
+            noise,
+            noisy,
+            sigma_B=sigma_B,
+            prompts=batch.prompts,
+            step=window.number,
+            draws=generator(settings.seed, "rollout", settings.rank, batch.index),
+        )
+    if rolled is not None:
+        noisy = rolled.noisy
     if settings.uses_dropout:
         torch.manual_seed(derive_seed(settings.seed, "dropout", settings.rank, batch.index))
     predicted = predict(noisy, sigma_on_device_B, batch.prompts)
@@ -140,8 +165,11 @@ def _batch_loss(
         with torch.no_grad(), parent():
             target: Sequence[Tensor] = predict(noisy, sigma_on_device_B, batch.prompts)
     else:
-        target = flow_targets(batch.latents, noise)
-    return flow_loss(predicted, target, sigma_on_device_B, settings.loss), sigma_B
+        target = flow_targets(batch.latents, noise) if rolled is None else rolled.targets
+    if rolled is None:
+        return flow_loss(predicted, target, sigma_on_device_B, settings.loss), sigma_B, 0
+    errors = flow_errors(predicted, target, sigma_on_device_B, settings.loss)
+    return torch.stack(rolled.losses(predicted, errors)), sigma_B, rolled.num_forwards
 
 
 def _clip_(params: Sequence[nn.Parameter], settings: StepSettings) -> float:

@@ -88,8 +88,9 @@ class OptimizerSection(Section):
     ema_warmup_steps: Annotated[int, Ge(0), Opt(level="expert", unit="steps")] = 0
     """For so many updates the average is a copy of the weights."""
 
-    ema_device: Annotated[Literal["cpu", "accelerator"], Opt(level="expert")] = "cpu"
-    """Where the average is kept: in main memory, or on the GPU, which is faster and takes 4 bytes per weight there."""
+    ema_device: Annotated[Literal["accelerator", "cpu"], Opt(level="expert")] = "accelerator"
+    """Where the average is kept: beside the weights, 4 bytes each, or in main memory, which makes each step wait for
+    the copy."""
 
     ema_cpu_only: Annotated[bool, Opt(level="expert")] = False
     """The same as ema_device cpu, whatever that says."""
