@@ -16,6 +16,7 @@ from simpletuner.adapters.formats.names import (
     Part,
     group_keys,
     is_known,
+    looks_like_model,
     missing_parts,
     near_names,
     other_kind,
@@ -68,7 +69,7 @@ def inspect_file(path: Path) -> Inspection:
         stored = {tensor.name: tensor for tensor in header.tensors}
         modules, rest = group_keys(stored)
         if not modules:
-            if any(name.endswith("norm.weight") for name in rest):
+            if looks_like_model(rest):
                 raise ModelError(Problem(code="E-LORA-IS-MODEL", params={"path": str(path)}))
             params = {"path": str(path), "kind": other_kind(rest), "keys": ", ".join(rest[:_NUM_NAMED]) or "-"}
             raise ModelError(Problem(code="E-LORA-KIND", params=params))
@@ -110,10 +111,10 @@ def _kind(keys: Mapping[Part, Key]) -> str:
 
 
 def _layout(modules: Mapping[str, Mapping[Part, Key]]) -> str:
-    """How the first key of each prefix is written: "diffusion_model.*.lora_A.weight"."""
+    """How the keys of each prefix are written, by the first: "diffusion_model.*.lora_A.weight"."""
     shown: dict[str, str] = {}
     for keys in modules.values():
-        first = next(iter(keys.values()))
+        first = min(keys.values(), key=lambda key: (key.part is Part.ALPHA, key.text))
         shown.setdefault(first.prefix, f"{first.prefix}*{first.suffix}")
     return ", ".join(shown.values())
 

@@ -84,6 +84,7 @@ _OTHER_KINDS = (
     ("hada_", "LoHa"),
     ("magnitude", "DoRA"),
 )
+_MODEL_KEY = re.compile(r"(norm\w*|to_q|qkv)\.weight$")
 _NUM_NEAR = 4
 
 
@@ -149,6 +150,11 @@ def other_kind(keys: Iterable[str]) -> str:
     """The name of the kind of adapter that keys which are not read belong to; "?" if they tell nothing."""
     texts = tuple(keys)
     return next((kind for mark, kind in _OTHER_KINDS if any(mark in text for text in texts)), "?")
+
+
+def looks_like_model(keys: Iterable[str]) -> bool:
+    """Whether keys, none of which is read, are those of a transformer's own weights."""
+    return any(_MODEL_KEY.search(key) for key in keys)
 
 
 def is_fused(module: str) -> bool:
