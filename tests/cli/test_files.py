@@ -65,7 +65,7 @@ def test_resize_says_what_it_costs(capsys, folder):
     english = capsys.readouterr().out
     assert "rank 2," in english and "Relative error of the updates: 0." in english and "(layers." in english
     assert main(["resize", "a.safetensors", "b.safetensors", "--energy", "0.5", "--force", "--lang", "es"]) == 0
-    assert "Error relativo de los cambios: 0." in capsys.readouterr().out
+    assert "Error relativo de los cambios: 0," in capsys.readouterr().out
     assert {w.tensors[0].dtype for w in read_adapter(folder / "b.safetensors").modules.values()} == {torch.float32}
 
 
@@ -94,7 +94,7 @@ def test_into_a_model_and_out_again(capsys, folder):
     command = ["extract", DEMO, "merged", "-o", "b.safetensors", "--rank", "4"]
     assert main([*command, "--dtype", "float32"]) == 0
     told = capsys.readouterr()
-    assert "The LoRA holds 100.00% of the squared change" in told.out or "The LoRA holds 99.9" in told.out
+    assert "The LoRA holds 100.00 % of the squared change" in told.out
     one, found = read_adapter(folder / "a.safetensors"), read_adapter(folder / "b.safetensors")
     assert found.modules.keys() == one.modules.keys()
     assert main([*command, "--force", "--lang", "es"]) == 0

@@ -105,8 +105,8 @@ def write_made(made: Made, target: Path, language: str, *, tells_loss: bool = Tr
     if loss.largest == 0:
         print(text("files.exact", language))
     else:
-        values = {"total": number(loss.total), "largest": number(loss.largest), "worst": loss.worst}
-        print(text("files.error", language, **values))
+        total, largest = (formats.significant(value, language) for value in (loss.total, loss.largest))
+        print(text("files.error", language, total=total, largest=largest, worst=loss.worst))
 
 
 def progress(key: str, language: str) -> Callable[[int, int], None]:
@@ -124,11 +124,6 @@ def progress(key: str, language: str) -> Callable[[int, int], None]:
         print(text(key, language, done=done, total=total), end=end, file=sys.stderr, flush=True)
 
     return show
-
-
-def number(value: float) -> str:
-    """Two significant digits."""
-    return f"{value:.2g}"
 
 
 def _dtype_name(word: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from simpletuner.adapters.formats.convert import Weighted
 from simpletuner.adapters.formats.fuse import split
 from simpletuner.adapters.formats.names import is_fused, near_names, split_of
-from simpletuner.adapters.formats.weights import ModuleWeights, merged
+from simpletuner.adapters.formats.weights import ModuleWeights, merge_
 from simpletuner.events.oserrors import os_errors_as_problems
 from simpletuner.problems import ModelError, Problem
 from simpletuner.tools.stored import StoredModel, open_model, rewrite
@@ -36,12 +36,12 @@ class _Addend:
         rows, columns = self.weights.shape
         return (rows if self.third is None else rows // 3), columns
 
-    def add_to(self, weight_OI: Tensor) -> Tensor:
+    def add_to_(self, weight_OI: Tensor) -> None:
         delta_OI, magnitude_O = self.weights.delta(), self.weights.magnitude
         if self.third is not None:
             delta_OI = delta_OI.chunk(3)[self.third]
             magnitude_O = None if magnitude_O is None else magnitude_O.chunk(3)[self.third]
-        return merged(weight_OI, delta_OI, magnitude_O, self.strength)
+        merge_(weight_OI, delta_OI, magnitude_O, self.strength)
 
 
 _Addends = Mapping[str, Sequence[_Addend]]
@@ -146,5 +146,5 @@ def _change(stored: Tensor, *, rows: Mapping[str, slice], addends: _Addends) -> 
     changed = stored.to(torch.float32, copy=True)
     for name, own in rows.items():
         for addend in addends[name]:
-            changed[own] = addend.add_to(changed[own])
+            addend.add_to_(changed[own])
     return changed
