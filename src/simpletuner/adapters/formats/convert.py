@@ -67,7 +67,12 @@ class Made:
 
 
 def convert(
-    adapter: Adapter, layout: Layout, *, reduction: Reduction | None = None, dtype: torch.dtype | None = None
+    adapter: Adapter,
+    layout: Layout,
+    *,
+    reduction: Reduction | None = None,
+    dtype: torch.dtype | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Made:
     """The adapter in another layout. What the layout cannot hold becomes LoRA, by default with DEFAULT_ENERGY.
 
