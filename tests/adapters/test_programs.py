@@ -92,7 +92,10 @@ FILES = {
     "loha": to_tensors(lycoris("LoHa"), LAYOUTS["comfyui"]),
     "dora": to_tensors(lora(magnitude=True), LAYOUTS["comfyui"]),
     "dora, diffusers": to_tensors(lora(magnitude=True), LAYOUTS["diffusers"]),
-    "mixed": {**{k: v for k, v in COMFYUI.items() if ".0." in k}, **{k: v for k, v in DIFFUSERS.items() if ".1." in k}},
+    "mixed": {
+        **{key: tensor for key, tensor in COMFYUI.items() if "layers.0." in key},
+        **{key: tensor for key, tensor in DIFFUSERS.items() if "layers.1." in key},
+    },
 }
 
 
@@ -172,6 +175,8 @@ def test_every_reason_has_a_text_and_every_text_a_file():
         "native ends": ({"lora_unet_x_embedder.lora_down.weight": torch.zeros(1)}, {}),
         "alpha": (DIFFUSERS, {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 4}'}),
         "lokr": ({**FILES["lokr"], **COMFYUI}, {}),
+        "incomplete": ({"diffusion_model.layers.0.attention.to_q.lora_A.weight": torch.zeros(1)}, {}),
+        "twice": ({**COMFYUI, **FILES["diffusers with alpha"]}, {}),
     }
     files = {**{name: (tensors, {}) for name, tensors in FILES.items()}, **others}
     given = {r for tensors, data in files.values() for v in who_loads(tuple(tensors), data) for r in v.reasons}

@@ -170,6 +170,28 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, state, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "out.safetensors"]
 
 
+def test_a_folder_is_there_when_it_is_whole(tmp_path, state):
+    """Nothing of it while it is being written; and the model's own folder may be written anew."""
+    folder = save_folder(tmp_path / "base", state) / "transformer"
+    shards = sorted(folder.glob("*.safetensors"))
+
+    def stop(done: int, total: int) -> None:
+        assert not (tmp_path / "out").exists()
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_into(shards, weighted(adapter_of("LoRA")), tmp_path / "out", on_progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / "notes.txt").write_text("mine")
+    merge_into(shards, weighted(adapter_of("LoRA")), folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "notes.txt"])
+    found = {name: tensor for path in shards for name, tensor in safetensors.torch.load_file(path).items()}
+    wanted = expected_state(state, adapter_of("LoRA"))
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-5, atol=1e-6) for name in state)
+
+
 def test_a_large_model_needs_little_memory(tmp_path):
     """384 MB of weights in pieces of 16 MB: the process grows by a few pieces only."""
     side, count = 2048, 24
