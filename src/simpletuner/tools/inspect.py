@@ -19,7 +19,7 @@ from simpletuner.adapters.formats.names import (
     looks_like_model,
     missing_parts,
     near_names,
-    other_kind,
+    unread_problem,
 )
 from simpletuner.adapters.formats.programs import Verdict, who_loads
 from simpletuner.events.oserrors import os_errors_as_problems
@@ -71,8 +71,7 @@ def inspect_file(path: Path) -> Inspection:
         if not modules:
             if looks_like_model(rest):
                 raise ModelError(Problem(code="E-LORA-IS-MODEL", params={"path": str(path)}))
-            params = {"path": str(path), "kind": other_kind(rest), "keys": ", ".join(rest[:_NUM_NAMED]) or "-"}
-            raise ModelError(Problem(code="E-LORA-KIND", params=params))
+            raise ModelError(unread_problem(rest, str(path)))
         alphas = Counter(_alpha(path, stored, keys) for keys in modules.values())
         broken = _hash_problem(path, header)
     kinds = Counter(_kind(keys) for keys in modules.values())
@@ -154,11 +153,10 @@ def _problems(
 ) -> list[Problem]:
     problems = []
     if rest:
-        params: dict[str, object] = {"path": str(path), "kind": other_kind(rest)}
-        problems.append(Problem(code="E-LORA-KIND", params={**params, "keys": ", ".join(rest[:_NUM_NAMED])}))
+        problems.append(unread_problem(rest, str(path)))
     foreign = [name for name in modules if not is_known(name)]
     if foreign:
-        params = {"path": str(path), "count": len(foreign), "total": len(modules)}
+        params: dict[str, object] = {"path": str(path), "count": len(foreign), "total": len(modules)}
         params |= {"names": ", ".join(foreign[:_NUM_NAMED]), "near": ", ".join(near_names(foreign[0])) or "-"}
         problems.append(Problem(code="E-LORA-OTHER-MODEL", params=params))
     for keys in modules.values():
