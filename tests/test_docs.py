@@ -21,7 +21,7 @@ import pytest
 
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.catalog.optimizers import OPTIMIZER_SPELLINGS, OPTIMIZERS, REFUSED_OPTIMIZERS
-from simpletuner.cli import plot, runs
+from simpletuner.cli import convert, extract, inspect, merge, plot, resize, runs
 from simpletuner.cli.help import explain
 from simpletuner.cli.main import COMMANDS
 from simpletuner.config.argv import parse_arguments
@@ -43,9 +43,14 @@ GUIDES = [
     ROOT / "docs" / "OPTIMIZERS.md",
     ROOT / "docs" / "MEMORY.md",
     ROOT / "docs" / "FLOW.md",
+    ROOT / "docs" / "FILES.md",
 ]
 TRANSLATIONS = [page.with_suffix(".es.md") for page in GUIDES]
 WRITTEN = [*GUIDES, *TRANSLATIONS]
+
+FILE_COMMANDS = {
+    module.__name__.rpartition(".")[2]: module.parse for module in (convert, extract, inspect, merge, resize)
+}
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n]*)\n(?P<body>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
@@ -155,6 +160,8 @@ def check_command(words: list[str]) -> None:
         assert rest[0] in ("list", "copy"), words
         assert rest[1:2] == [] or rest[1] in example_names(), words
         assert rest[2:3] in ([], ["--dest"]), words
+    elif command in FILE_COMMANDS:
+        assert rest == [] or FILE_COMMANDS[command](rest), words
     elif command == "config" and rest[:1] == ["explain"]:
         assert all(explain(word, "en") for word in rest[1:]), words
     elif rest and rest != ["--help"]:

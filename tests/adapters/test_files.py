@@ -17,7 +17,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save_lora
+from simpletuner.adapters.files import (
+    LORA_FILE_NAME,
+    LoraInfo,
+    load_lora,
+    read_adapter,
+    save_lora,
+    write_safetensors,
+)
+from simpletuner.adapters.formats.convert import convert
+from simpletuner.adapters.formats.layouts import LAYOUTS as FORMATS
 from simpletuner.adapters.lora import LoraSettings, adapter_state, apply_lora, load_adapter_state, start_from_
 from simpletuner.adapters.targets import linear_names
 from simpletuner.i18n import LANGUAGES, render_problem
@@ -104,6 +113,33 @@ def test_diffusers_loads_the_file_and_predicts_what_we_do(
             assert torch.allclose(ours, other[:, 0], rtol=1e-4, atol=1e-5)
     finally:
         pipe.unload_lora_weights()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_peft_loads_the_file_and_predicts_what_we_do(tmp_path, predict, layout):
+    """With the prefix taken off; peft has no other names than the model's own, so kohya's are converted first."""
+    model = adapted("attention+mlp")
+    path = tmp_path / LORA_FILE_NAME
+    save_lora(path, adapter_state(model), INFO, layout=layout)
+    if layout == "kohya":
+        made = convert(read_adapter(path), FORMATS["comfyui"])
+        write_safetensors(path, made.tensors, made.metadata)
+    contents = safetensors.torch.load_file(path)
+    state = {key.split(".", 1)[1]: tensor for key, tensor in contents.items() if not key.endswith(".alpha")}
+    alphas = {tensor.item() for key, tensor in contents.items() if key.endswith(".alpha")}
+    base = tiny_transformer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft
+
+        targets = sorted({key.rsplit(".lora_", 1)[0] for key in state})
+        config = peft.LoraConfig(r=4, lora_alpha=next(iter(alphas), 4), target_modules=targets)
+        peft.inject_adapter_in_model(config, base)
+        result = peft.set_peft_model_state_dict(base, state)
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "lora" in key]
+    for ours, other in zip(predict(model), predict(base), strict=True):
+        assert torch.allclose(ours, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "comfyui-fused", "kohya", "kohya-split"])

@@ -309,6 +309,15 @@ def test_what_is_no_adapter_of_this_model_is_refused(tmp_path, module, parts, wo
     assert words in refused(lambda: read_adapter(path))
 
 
+@pytest.mark.parametrize("second", ["transformer.layers.0.attention.qkv", "transformer.layers.0.attention.to_q"])
+def test_a_module_that_is_adapted_twice_is_refused(tmp_path, second):
+    tensors = {f"diffusion_model.layers.0.attention.to_q.{part}": torch.zeros(shape) for part, shape in PLAIN.items()}
+    shapes = {"lora_A.weight": (2, 4), "lora_B.weight": (12 if "qkv" in second else 4, 2)}
+    tensors |= {f"{second}.{part}": torch.zeros(shape) for part, shape in shapes.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    assert "E-LORA-TWICE" in refused(lambda: read_adapter(tmp_path / "a.safetensors"))
+
+
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"PK\x03\x04 a zip archive")
     assert "is damaged or not a safetensors file" in refused(lambda: read_adapter(tmp_path / "a.safetensors"))

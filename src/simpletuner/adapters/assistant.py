@@ -31,7 +31,6 @@ def attach_assistant(model: nn.Module, file: Path, *, dtype: torch.dtype) -> Lor
     """Add the assistant, frozen. Call it before `apply_lora` of the trained adapter, `activate_with_assistant_` after.
 
     Raises:
-        ConfigError: the file adapts a module that the model lacks.
         ModelError: the file is damaged, holds something else than LoRA, or is for another model.
     """
     assistant = load_lora(file, linear_names(model))

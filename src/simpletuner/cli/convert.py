@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpletuner.adapters.formats.layouts import LAYOUTS
-from simpletuner.cli.files import Parser, check_target, dtype_of, reduction_of, wants_help, write_made
+from simpletuner.cli.files import Parser, check_target, dtype_of, progress, reduction_of, wants_help, write_made
 
 
 def run(argv: Sequence[str], language: str) -> int:
@@ -25,7 +25,13 @@ def write_converted(args: argparse.Namespace, language: str) -> int:
     from simpletuner.adapters.formats.convert import convert
 
     adapter = read_adapter(Path(args.file))
-    made = convert(adapter, LAYOUTS[args.format], reduction=reduction_of(args), dtype=dtype_of(args))
+    made = convert(
+        adapter,
+        LAYOUTS[args.format],
+        reduction=reduction_of(args),
+        dtype=dtype_of(args),
+        on_progress=progress("files.modules", language),
+    )
     write_made(made, target, language)
     return 0
 

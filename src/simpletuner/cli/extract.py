@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpletuner.adapters.formats.layouts import LAYOUTS
-from simpletuner.cli.files import Parser, check_target, dtype_of, number, progress, wants_help, write_made
+from simpletuner.cli.files import Parser, check_target, dtype_of, progress, wants_help, write_made
+from simpletuner.events import formats
 from simpletuner.i18n import text
 
 _NUM_NAMED = 3
@@ -35,8 +36,9 @@ def run(argv: Sequence[str], language: str) -> int:
     described = {"modelspec.title": public_name(args.tuned), "ss_base_model_version": public_name(args.base)}
     made = convert(found.described(described), LAYOUTS[args.format])
     write_made(made, target, language, tells_loss=False)
-    told = {"energy": f"{found.energy:.2%}", "smallest": f"{found.smallest:.2%}", "worst": found.worst}
-    print(text("extract.energy", language, error=number(max(0.0, 1 - found.energy) ** 0.5), **told))
+    energy, smallest = (formats.decimal(100 * share, 2, language) for share in (found.energy, found.smallest))
+    error = formats.significant(max(0.0, 1 - found.energy) ** 0.5, language)
+    print(text("extract.energy", language, energy=energy, smallest=smallest, error=error, worst=found.worst))
     if found.left_out:
         names = ", ".join(found.left_out[:_NUM_NAMED])
         print(text("extract.left_out", language, count=len(found.left_out), names=names))

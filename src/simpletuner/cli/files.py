@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -23,6 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _HELP_FLAGS = ("-h", "--help", "help")
 _TENTHS = 10
+_PATIENCE_S = 2.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,30 +107,25 @@ def write_made(made: Made, target: Path, language: str, *, tells_loss: bool = Tr
     if loss.largest == 0:
         print(text("files.exact", language))
     else:
-        values = {"total": number(loss.total), "largest": number(loss.largest), "worst": loss.worst}
-        print(text("files.error", language, **values))
+        total, largest = (formats.significant(value, language) for value in (loss.total, loss.largest))
+        print(text("files.error", language, total=total, largest=largest, worst=loss.worst))
 
 
 def progress(key: str, language: str) -> Callable[[int, int], None]:
-    """A counter on standard error: one line that changes on a terminal, else a line for each tenth."""
-    shown = -1
+    """A counter on standard error, once it takes seconds: one line that changes on a terminal, else one a tenth."""
+    begun, shown = time.monotonic(), -1
 
     def show(done: int, total: int) -> None:
         nonlocal shown
         is_terminal = sys.stderr.isatty()
         tenth = done * _TENTHS // total
-        if not is_terminal and tenth == shown:
+        if time.monotonic() - begun < _PATIENCE_S or (tenth == shown and not is_terminal):
             return
         shown = tenth
         end = "\r" if is_terminal and done < total else "\n"
         print(text(key, language, done=done, total=total), end=end, file=sys.stderr, flush=True)
 
     return show
-
-
-def number(value: float) -> str:
-    """Two significant digits."""
-    return f"{value:.2g}"
 
 
 def _dtype_name(word: str) -> str:

@@ -17,6 +17,7 @@ from simpletuner.problems import ExitCode, Severity
 from simpletuner.tools.inspect import Inspection, inspect_file
 
 _MAX_METADATA = 160
+_MAX_RANKS = 4
 
 
 def run(argv: Sequence[str], language: str) -> int:
@@ -52,12 +53,12 @@ def _lines(found: Inspection, language: str) -> Iterator[str]:
         "kind": _counts(found.kinds),
         "layout": found.layout,
         "modules": say("modules_of", modules=found.num_modules, params=formats.parameters(found.num_params, language)),
-        "rank": _counts({rank or "-": count for rank, count in found.ranks.items()}),
+        "rank": _ranks(found.ranks),
         "alpha": _counts({say("no_alpha") if a is None else f"{a:g}": n for a, n in found.alphas.items()}),
         "dtype": _counts(found.dtypes),
         "size": formats.size(found.size_bytes, language),
     }
-    width = max(len(say(name)) for name in facts)
+    width = max(len(name) for name in (*map(say, facts), *(verdict.program for verdict in found.verdicts)))
     yield str(found.path)
     for name, value in facts.items():
         yield f"  {say(name):{width}}  {value}"
@@ -75,10 +76,17 @@ def _verdict(verdict: Verdict, language: str) -> str:
     return text("inspect.loads_not", language, reasons=reasons, example=verdict.example or "-")
 
 
-def _counts(counts: Mapping[str, int] | Mapping[int | str, int]) -> str:
+def _ranks(counts: Mapping[int, int]) -> str:
+    """As `_counts`; of many different ones the range. A module without a rank shows a dash."""
+    if len(counts) > _MAX_RANKS:
+        return f"{min(counts)}-{max(counts)}"
+    return _counts({str(rank or "-"): count for rank, count in counts.items()})
+
+
+def _counts(counts: Mapping[str, int]) -> str:
     """ "16" if all are alike, else "16 (x30), 8 (x2)"."""
     if len(counts) == 1:
-        return str(next(iter(counts)))
+        return next(iter(counts))
     return ", ".join(f"{value} (x{count})" for value, count in counts.items())
 
 

@@ -26,8 +26,14 @@ def run(argv: Sequence[str], language: str) -> int:
 
     adapters = [_read(word) for word in args.files]
     if args.into is None:
-        layout = LAYOUTS[args.format]
-        write_made(merge(adapters, layout, reduction=reduction_of(args), dtype=dtype_of(args)), target, language)
+        made = merge(
+            adapters,
+            LAYOUTS[args.format],
+            reduction=reduction_of(args),
+            dtype=dtype_of(args),
+            on_progress=progress("files.modules", language),
+        )
+        write_made(made, target, language)
         return 0
     return _into(args.into, adapters, target, language)
 

@@ -16,9 +16,10 @@ from simpletuner.adapters.formats.names import (
     Part,
     group_keys,
     is_known,
+    looks_like_model,
     missing_parts,
     near_names,
-    other_kind,
+    unread_problem,
 )
 from simpletuner.adapters.formats.programs import Verdict, who_loads
 from simpletuner.events.oserrors import os_errors_as_problems
@@ -68,10 +69,9 @@ def inspect_file(path: Path) -> Inspection:
         stored = {tensor.name: tensor for tensor in header.tensors}
         modules, rest = group_keys(stored)
         if not modules:
-            if any(name.endswith("norm.weight") for name in rest):
+            if looks_like_model(rest):
                 raise ModelError(Problem(code="E-LORA-IS-MODEL", params={"path": str(path)}))
-            params = {"path": str(path), "kind": other_kind(rest), "keys": ", ".join(rest[:_NUM_NAMED]) or "-"}
-            raise ModelError(Problem(code="E-LORA-KIND", params=params))
+            raise ModelError(unread_problem(rest, str(path)))
         alphas = Counter(_alpha(path, stored, keys) for keys in modules.values())
         broken = _hash_problem(path, header)
     kinds = Counter(_kind(keys) for keys in modules.values())
@@ -110,10 +110,10 @@ def _kind(keys: Mapping[Part, Key]) -> str:
 
 
 def _layout(modules: Mapping[str, Mapping[Part, Key]]) -> str:
-    """How the first key of each prefix is written: "diffusion_model.*.lora_A.weight"."""
+    """How the keys of each prefix are written, by the first: "diffusion_model.*.lora_A.weight"."""
     shown: dict[str, str] = {}
     for keys in modules.values():
-        first = next(iter(keys.values()))
+        first = min(keys.values(), key=lambda key: (key.part is Part.ALPHA, key.text))
         shown.setdefault(first.prefix, f"{first.prefix}*{first.suffix}")
     return ", ".join(shown.values())
 
@@ -153,11 +153,10 @@ def _problems(
 ) -> list[Problem]:
     problems = []
     if rest:
-        params: dict[str, object] = {"path": str(path), "kind": other_kind(rest)}
-        problems.append(Problem(code="E-LORA-KIND", params={**params, "keys": ", ".join(rest[:_NUM_NAMED])}))
+        problems.append(unread_problem(rest, str(path)))
     foreign = [name for name in modules if not is_known(name)]
     if foreign:
-        params = {"path": str(path), "count": len(foreign), "total": len(modules)}
+        params: dict[str, object] = {"path": str(path), "count": len(foreign), "total": len(modules)}
         params |= {"names": ", ".join(foreign[:_NUM_NAMED]), "near": ", ".join(near_names(foreign[0])) or "-"}
         problems.append(Problem(code="E-LORA-OTHER-MODEL", params=params))
     for keys in modules.values():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +16,11 @@ from torch import Tensor
 from simpletuner.adapters.formats.convert import Weighted
 from simpletuner.adapters.formats.fuse import split
 from simpletuner.adapters.formats.names import is_fused, near_names, split_of
-from simpletuner.adapters.formats.weights import ModuleWeights, merged
+from simpletuner.adapters.formats.weights import ModuleWeights, merge_
 from simpletuner.events.oserrors import os_errors_as_problems
+from simpletuner.models.files import Header
 from simpletuner.problems import ModelError, Problem
-from simpletuner.tools.stored import StoredModel, open_model, rewrite
+from simpletuner.tools.stored import Change, StoredModel, open_model, rewrite
 
 _CONFIGS = ("config.json", "*.safetensors.index.json")
 _NUM_NAMED = 3
@@ -36,12 +39,12 @@ class _Addend:
         rows, columns = self.weights.shape
         return (rows if self.third is None else rows // 3), columns
 
-    def add_to(self, weight_OI: Tensor) -> Tensor:
+    def add_to_(self, weight_OI: Tensor) -> None:
         delta_OI, magnitude_O = self.weights.delta(), self.weights.magnitude
         if self.third is not None:
             delta_OI = delta_OI.chunk(3)[self.third]
             magnitude_O = None if magnitude_O is None else magnitude_O.chunk(3)[self.third]
-        return merged(weight_OI, delta_OI, magnitude_O, self.strength)
+        merge_(weight_OI, delta_OI, magnitude_O, self.strength)
 
 
 _Addends = Mapping[str, Sequence[_Addend]]
@@ -57,7 +60,8 @@ def merge_into(
     """Write the model with the adapters in it; return how many layers changed.
 
     A single file gives the file `target`, in the layout and number format that it had; several, or one with a
-    config.json beside it, give the folder `target` with files of the same names and the configuration.
+    config.json beside it, give the folder `target` with files of the same names and the configuration. Either is
+    there when everything is written, or not at all.
 
     Raises:
         ModelError: an adapter is for another model, or the model is quantised. Nothing is written then.
@@ -65,11 +69,8 @@ def merge_into(
     """
     model = open_model(shards)
     addends = _by_layer(model, adapters)
+    metadata = {"modelspec.merged_from": ", ".join(f"{part.name}@{part.strength:g}" for part in adapters)}
     layout = _layers_by_stored_name(model)
-    told = ", ".join(f"{part.name}@{part.strength:g}" for part in adapters)
-    as_folder = writes_folder(shards)
-    with os_errors_as_problems(target):
-        (target if as_folder else target.parent).mkdir(parents=True, exist_ok=True)
     total, done = sum(len(header.tensors) for header in model.headers), 0
 
     def count() -> None:
@@ -77,25 +78,46 @@ def merge_into(
         done += 1
         on_progress(done, total)
 
-    for header in model.headers:
-        changes = {}
+    def write(header: Header, path: Path) -> None:
+        changes: dict[str, Change] = {}
         for tensor in header.tensors:
             own = {name: rows for name, rows in layout[tensor.name].items() if name in addends}
             if own:
                 changes[tensor.name] = partial(_change, rows=own, addends=addends)
-        path = target / header.path.name if as_folder else target
-        rewrite(header, path, changes, metadata={"modelspec.merged_from": told}, on_tensor=count)
-    if as_folder:
-        with os_errors_as_problems(target):
-            for pattern in _CONFIGS:
-                for path in shards[0].parent.glob(pattern):
-                    shutil.copyfile(path, target / path.name)
+        rewrite(header, path, changes, metadata=metadata, on_tensor=count)
+
+    if not writes_folder(shards):
+        write(model.headers[0], target)
+        return len(addends)
+    with _built_beside(target) as folder:
+        for header in model.headers:
+            write(header, folder / header.path.name)
+        for pattern in _CONFIGS:
+            for path in shards[0].parent.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
     return len(addends)
 
 
 def writes_folder(shards: Sequence[Path]) -> bool:
     """Whether the result is a folder: the model is one in the diffusers layout."""
     return len(shards) > 1 or (shards[0].parent / "config.json").is_file()
+
+
+@contextmanager
+def _built_beside(target: Path) -> Iterator[Path]:
+    """A hidden folder that becomes `target` when the block has ended well; files that `target` had besides stay."""
+    with os_errors_as_problems(target):
+        building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            yield building
+            building.chmod(0o755)
+            if not target.exists():
+                building.replace(target)
+                return
+            for path in building.iterdir():
+                path.replace(target / path.name)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _by_layer(model: StoredModel, adapters: Sequence[Weighted]) -> _Addends:
@@ -146,5 +168,5 @@ def _change(stored: Tensor, *, rows: Mapping[str, slice], addends: _Addends) -> 
     changed = stored.to(torch.float32, copy=True)
     for name, own in rows.items():
         for addend in addends[name]:
-            changed[own] = addend.add_to(changed[own])
+            addend.add_to_(changed[own])
     return changed

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce as reduce_pairwise
 
@@ -30,6 +30,9 @@ from simpletuner.adapters.formats.weights import (
 )
 from simpletuner.adapters.formats.write import fits, to_tensors
 from simpletuner.problems import ModelError, Problem
+
+OnProgress = Callable[[int, int], None]
+"""(modules done, modules in all)."""
 
 DEFAULT_ENERGY = 0.9999
 """Share of a LoKr update that its LoRA keeps, if nothing else is asked for."""
@@ -64,7 +67,12 @@ class Made:
 
 
 def convert(
-    adapter: Adapter, layout: Layout, *, reduction: Reduction | None = None, dtype: torch.dtype | None = None
+    adapter: Adapter,
+    layout: Layout,
+    *,
+    reduction: Reduction | None = None,
+    dtype: torch.dtype | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Made:
     """The adapter in another layout. What the layout cannot hold becomes LoRA, by default with DEFAULT_ENERGY.
 
@@ -72,7 +80,8 @@ def convert(
     """
     source = split(adapter)
     modules = {}
-    for name, weights in source.modules.items():
+    for done, (name, weights) in enumerate(source.modules.items(), start=1):
+        on_progress(done, len(source.modules))
         if reduction is None and fits(name, weights, layout):
             modules[name] = weights
         else:
@@ -97,6 +106,7 @@ def merge(
     *,
     reduction: Reduction | None = None,
     dtype: torch.dtype | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Made:
     """The sum of adapters, each times its strength: LoRA whose rank is the sum of theirs, or what `reduction` leaves.
 
@@ -113,7 +123,9 @@ def merge(
         dtype = reduce_pairwise(torch.promote_types, (weights.tensors[0].dtype for _, weights, _ in parts))
     wanted: dict[str, ModuleWeights | WeightedSum] = {}
     made: dict[str, ModuleWeights] = {}
-    for name in dict.fromkeys(name for name, _, _ in parts):
+    names = dict.fromkeys(name for name, _, _ in parts)
+    for done, name in enumerate(names, start=1):
+        on_progress(done, len(names))
         wanted[name], made[name] = _sum(name, [(weights, strength) for own, weights, strength in parts if own == name])
         if reduction is not None:
             made[name] = reduce(made[name], reduction)
@@ -196,11 +208,11 @@ def _difference(name: str, weights: ModuleWeights | WeightedSum, found: Adapter)
             return 0.0
         return difference_norm(weights, other)
     if is_fused(name):
-        delta = weights.delta(torch.float64)
+        delta = weights.delta()
         for rows, part in zip(delta.chunk(3), split_of(name), strict=True):
             if part in found.modules:
-                rows.sub_(found.modules[part].delta(torch.float64))
-        return float(delta.norm())
+                rows.sub_(found.modules[part].delta())
+        return float(delta.norm(dtype=torch.float64))
     return update_norm(weights)
 
 

@@ -93,7 +93,7 @@ def update_norm(weights: ModuleWeights | WeightedSum) -> float:
     if isinstance(weights, LokrWeights):
         norms = [float(product(side, torch.float64).norm()) for side in (weights.w1, weights.w2)]
         return math.prod(norms) * abs(weights.scale)
-    return float(weights.delta().double().norm())
+    return float(weights.delta().norm(dtype=torch.float64))
 
 
 def difference_norm(first: ModuleWeights | WeightedSum, second: ModuleWeights) -> float:
@@ -101,7 +101,7 @@ def difference_norm(first: ModuleWeights | WeightedSum, second: ModuleWeights) -
     if isinstance(first, LoraWeights) and isinstance(second, LoraWeights):
         ups = torch.cat([first.up.double() * first.scale, second.up.double() * -second.scale], dim=1)
         return _factored_norm(ups, torch.cat([first.down.double(), second.down.double()]))
-    return float((first.delta(torch.float64) - second.delta(torch.float64)).norm())
+    return float(first.delta().sub_(second.delta()).norm(dtype=torch.float64))
 
 
 def _decompose(weights: ModuleWeights) -> _Svd:

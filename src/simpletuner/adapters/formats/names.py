@@ -22,6 +22,7 @@ from enum import Enum
 from typing import Any
 
 from simpletuner.catalog.modules import FUSED_QKV, LORA_TARGETS, SPLIT_QKV, from_native, is_target, to_native
+from simpletuner.problems import Problem
 
 
 class Part(Enum):
@@ -71,8 +72,8 @@ FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 
 # Kinds of adapters that are not read, by what their keys contain.
 _OTHER_KINDS = (
-    ("oft_", "OFT"),
     ("boft_", "BOFT"),
+    ("oft_", "OFT"),
     ("ia3", "IA3"),
     ("lokr_t2", "LoKr, Tucker"),
     ("hada_t1", "LoHa, Tucker"),
@@ -80,11 +81,10 @@ _OTHER_KINDS = (
     ("lora_mid", "LoCon"),
     (".b1.", "GLoRA"),
     (".diff", "full weights"),
-    ("lokr_", "LoKr"),
-    ("hada_", "LoHa"),
-    ("magnitude", "DoRA"),
 )
+_MODEL_KEY = re.compile(r"(norm\w*|to_q|qkv)\.weight$")
 _NUM_NEAR = 4
+_NUM_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,10 @@ def parse_key(text: str) -> Key | None:
 
 
 def group_keys(texts: Iterable[str]) -> tuple[dict[str, dict[Part, Key]], list[str]]:
-    """Return (module -> its keys, keys that belong to no module)."""
+    """Return (module -> its keys, the other keys): those that are not read, and those that say a thing twice.
+
+    A thing is said twice under several names of one module, or if q, k or v has an adapter beside the fused one.
+    """
     modules: dict[str, dict[Part, Key]] = {}
     rest = []
     for text in texts:
@@ -128,6 +131,9 @@ def group_keys(texts: Iterable[str]) -> tuple[dict[str, dict[Part, Key]], list[s
             rest.append(text)
         else:
             modules.setdefault(key.module, {})[key.part] = key
+    for fused in [module for module in modules if is_fused(module)]:
+        for module in split_of(fused):
+            rest.extend(key.text for key in modules.pop(module, {}).values())
     return modules, rest
 
 
@@ -149,6 +155,20 @@ def other_kind(keys: Iterable[str]) -> str:
     """The name of the kind of adapter that keys which are not read belong to; "?" if they tell nothing."""
     texts = tuple(keys)
     return next((kind for mark, kind in _OTHER_KINDS if any(mark in text for text in texts)), "?")
+
+
+def unread_problem(rest: Sequence[str], path: str) -> Problem:
+    """The problem with keys that `group_keys` left over."""
+    twice = [text for text in rest if parse_key(text) is not None]
+    if twice:
+        return Problem(code="E-LORA-TWICE", params={"path": path, "keys": ", ".join(twice[:_NUM_NAMED])})
+    params = {"path": path, "kind": other_kind(rest), "keys": ", ".join(rest[:_NUM_NAMED]) or "-"}
+    return Problem(code="E-LORA-KIND", params=params)
+
+
+def looks_like_model(keys: Iterable[str]) -> bool:
+    """Whether keys, none of which is read, are those of a transformer's own weights."""
+    return any(_MODEL_KEY.search(key) for key in keys)
 
 
 def is_fused(module: str) -> bool:

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from simpletuner.adapters.formats.names import DIFFUSERS_KEY, Key, Part, is_fused, is_known, json_object, parse_key
+from simpletuner.adapters.formats.names import (
+    DIFFUSERS_KEY,
+    Key,
+    Part,
+    group_keys,
+    is_fused,
+    is_known,
+    json_object,
+    missing_parts,
+    parse_key,
+)
 from simpletuner.catalog.modules import to_native
 
 PROGRAMS = ("ComfyUI", "diffusers", "musubi-tuner")
@@ -134,6 +144,12 @@ def _begin(keys: Collection[Key], unread: Collection[str]) -> _Findings:
         findings.add("unread", text)
     if not keys:
         findings.add("nothing")
+    modules, twice = group_keys(key.text for key in keys)
+    for parts in modules.values():
+        if missing_parts(parts):
+            findings.add("incomplete", next(iter(parts.values())).text)
+    for text in twice:
+        findings.add("twice", text)
     return findings
 
 

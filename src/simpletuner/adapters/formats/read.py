@@ -20,10 +20,11 @@ from simpletuner.adapters.formats.names import (
     is_fused,
     is_known,
     json_object,
+    looks_like_model,
     missing_parts,
     near_names,
-    other_kind,
     split_of,
+    unread_problem,
 )
 from simpletuner.adapters.formats.weights import Adapter, LohaWeights, LokrWeights, LoraWeights, ModuleWeights
 from simpletuner.problems import ModelError, Problem
@@ -78,10 +79,9 @@ def _check_names(modules: Collection[str], known: Collection[str], path: str) ->
 
 
 def _not_an_adapter(tensors: Mapping[str, Tensor], rest: Sequence[str], path: str) -> Problem:
-    if len(rest) == len(tensors) and any(key.endswith(("to_q.weight", "qkv.weight", "norm.weight")) for key in rest):
+    if len(rest) == len(tensors) and looks_like_model(rest):
         return Problem(code="E-LORA-IS-MODEL", params={"path": path})
-    params = {"path": path, "kind": other_kind(rest), "keys": ", ".join(rest[:_NUM_NAMED]) or "-"}
-    return Problem(code="E-LORA-KIND", params=params)
+    return unread_problem(rest, path)
 
 
 def _incomplete(module: str, keys: Mapping[Part, Key], path: str) -> Problem | None:

@@ -48,7 +48,7 @@ class LoraWeights:
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The update [O, I]."""
-        return (self.up.to(dtype) @ self.down.to(dtype)) * self.scale
+        return (self.up.to(dtype) * self.scale) @ self.down.to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +153,12 @@ def product(factors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     return first @ others[0] if others else first
 
 
-def merged(weight_OI: Tensor, delta_OI: Tensor, magnitude_O: Tensor | None, strength: float = 1.0) -> Tensor:
-    """`weight_OI`, in its dtype, with an update in it `strength` times. DoRA goes that share of the way."""
-    delta_OI = delta_OI.to(weight_OI.dtype)
+def merge_(weight_OI: Tensor, delta_OI: Tensor, magnitude_O: Tensor | None, strength: float = 1.0) -> None:
+    """Put an update into `weight_OI`, `strength` times; DoRA goes that share of the way. `delta_OI` is used up."""
     if magnitude_O is None:
-        return weight_OI.add(delta_OI, alpha=strength)
-    whole = weight_OI + delta_OI
-    lengths_O1 = whole.norm(dim=1, keepdim=True).clamp_min(torch.finfo(whole.dtype).tiny)
-    whole = whole * (magnitude_O.to(whole.dtype).reshape(-1, 1) / lengths_O1)
-    return torch.lerp(weight_OI, whole, strength)
+        weight_OI.add_(delta_OI, alpha=strength)
+        return
+    whole_OI = delta_OI.add_(weight_OI)
+    lengths_O1 = whole_OI.norm(dim=1, keepdim=True).clamp_min(torch.finfo(whole_OI.dtype).tiny)
+    whole_OI.mul_(magnitude_O.to(whole_OI.dtype).reshape(-1, 1) / lengths_O1)
+    weight_OI.lerp_(whole_OI, strength)
