@@ -31,7 +31,7 @@ OPTIONS = {
     "W-NOT-YET-MEMORY": ({"fsdp_enable": True, "deepspeed_config": "zero2"}, ["fsdp_enable, deepspeed_config"]),
     "W-NOT-YET-SPEED": ({"fuse_qkv_projections": True}, ["fuse_qkv_projections"]),
     "W-NOT-YET-OTHER": ({"use_ema": "true"}, ["use_ema"]),
-    "E-VALUE-NOT-YET": ({"lora_type": "lycoris"}, ["lora_type = lycoris", "standard"]),
+    "E-VALUE-NOT-YET": ({"num_processes": 2}, ["num_processes = 2", "1"]),
     "E-PRECISION-COARSE": ({"base_model_precision": "int2-quanto"}, ["int2-quanto", "nf4-bnb"]),
     "E-PRECISION-FORMAT": ({"base_model_precision": "fp8-native"}, ["fp8-native", "fp8wo-torchao"]),
     "E-PRECISION-GRADIENTS": ({"base_model_precision": "int8dq-torchao"}, ["int8dq-torchao", "int8-torchao"]),

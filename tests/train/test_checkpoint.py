@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo
+from simpletuner.adapters import files
+from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save_lora
 from simpletuner.data.records import PlanParts
 from simpletuner.events.oserrors import FileSystemError
 from simpletuner.i18n import LANGUAGES, render_problem
@@ -17,7 +18,6 @@ from simpletuner.problems import ConfigError, Severity
 from simpletuner.train import checkpoint as checkpoints
 from simpletuner.train.checkpoint import (
     delete_old_checkpoints,
-    load_adapter,
     load_optimizer_state,
     save_checkpoint,
 )
@@ -43,7 +43,15 @@ def save(folder, step, *, value=1.0):
     }
     state = {"state": {0: {"exp_avg": torch.full((4, 8), value)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     info = LoraInfo(rank=4, alpha=4.0)
-    return save_checkpoint(folder, step=step, recipe=RECIPE, adapter=adapter, info=info, optimizer_state=state)
+
+    def write(building):
+        save_lora(building / LORA_FILE_NAME, adapter, info)
+
+    return save_checkpoint(folder, step=step, recipe=RECIPE, write=write, optimizer_state=state)
+
+
+def load_adapter(checkpoint):
+    return load_lora(checkpoint.path / LORA_FILE_NAME).tensors
 
 
 def test_what_explains_a_plan_is_saved_and_checkpoints_without_it_are_read(tmp_path):
@@ -93,14 +101,14 @@ def test_checkpoints_sort_by_number_and_only_the_newest_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
 
 
-@pytest.mark.parametrize("fails_at", ["save_lora", "_flush"])
+@pytest.mark.parametrize("fails_at", ["_write", "_flush"])
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, fails_at):
     save(tmp_path, 3, value=1.0)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, fails_at, full)
+    monkeypatch.setattr(files if fails_at == "_write" else checkpoints, fails_at, full)
     with pytest.raises(FileSystemError) as caught:
         save(tmp_path, 3, value=2.0)
     assert caught.value.problems[0].code == "E-DISK-FULL"

@@ -73,12 +73,21 @@ def save_lora(path: Path, tensors: Mapping[str, Tensor], info: LoraInfo, *, layo
     """
     assert layout in LAYOUTS, layout
     prefix = "diffusion_model." if layout == "comfyui" else "transformer."
-    contents = {prefix + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    contents = {prefix + key: tensor for key, tensor in tensors.items()}
     if layout == "comfyui":
         downs = [key for key in contents if key.endswith(Role.DOWN.value)]
         contents |= {key.removesuffix(Role.DOWN.value) + "alpha": torch.tensor(info.alpha) for key in downs}
-    metadata = _metadata(info, tensors, layout)
-    _write(path, _with_sorted_metadata(safetensors.torch.save(contents, metadata=metadata)))
+    write_weights(path, contents, _metadata(info, tensors, layout))
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a small safetensors file, completely or not at all; equal arguments give equal bytes.
+
+    Raises:
+        FileSystemError: the file cannot be written (full disk, no permission); an older file of that name is intact.
+    """
+    contents = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    _write(path, _with_sorted_metadata(safetensors.torch.save(contents, metadata=dict(metadata))))
 
 
 def load_lora(path: Path, module_names: Sequence[str] = ()) -> LoraFile:
@@ -91,7 +100,7 @@ def load_lora(path: Path, module_names: Sequence[str] = ()) -> LoraFile:
         ModelError: the file is damaged, or holds something else than LoRA.
         FileSystemError: the file is missing or cannot be read.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_weights(path)
     pairs, rest = parse_pairs(tensors, module_names)
     if rest or not pairs:
         kinds = (kind for mark, kind in _OTHER_KINDS if any(mark in key for key in rest))
@@ -157,7 +166,13 @@ def _write(path: Path, data: bytes) -> None:
             raise
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        ModelError: the file is damaged.
+        FileSystemError: it is missing or cannot be read.
+    """
     with os_errors_as_problems(path):
         path.open("rb").close()  # safetensors tells a missing file from a damaged one only in words
         try:

@@ -30,23 +30,77 @@ class FrozenBase(Protocol):
         """W^T x [R, I] of rows [R, O], in their dtype; a new tensor."""
 
 
-class LoraLinear(nn.Module):
-    """`base_layer` with adapters around it; those in `active` act, each `strengths[name]` times its trained scale.
+@runtime_checkable
+class Unpackable(Protocol):
+    """A base layer whose weight is not a plain tensor."""
 
-    `scales` are alpha / rank. `dropouts` zero a share of an adapter's input while training.
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight as numbers [O, I]."""
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer with adapters around it; those in `active` act, each `strengths[name]` times its trained scale.
+
+    `scales` are the adapters' own, as alpha / rank.
     """
 
-    def __init__(self, base_layer: nn.Linear) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._base_multiplies_itself = isinstance(base_layer, FrozenBase)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.scales: dict[str, float] = {}
         self.strengths: dict[str, float] = {}
-        self.dropouts: dict[str, float] = {}
         self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        return cast("Tensor", self.base_layer.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        if isinstance(self.base_layer, (FrozenBase, AdaptedLinear)):
+            return self.base_layer.device
+        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
+        return tensors[0].device
+
+    @property
+    def bias(self) -> Tensor | None:
+        return cast("Tensor | None", self.base_layer.bias)
+
+    @property
+    def in_features(self) -> int:
+        return cast("int", self.base_layer.in_features)
+
+    @property
+    def out_features(self) -> int:
+        return cast("int", self.base_layer.out_features)
+
+
+def base_weight(layer: nn.Module) -> Tensor:
+    """The float32 weight [O, I] of the linear layer inside any adapters; perhaps the layer's own tensor."""
+    while isinstance(layer, AdaptedLinear):
+        layer = layer.base_layer
+    if isinstance(layer, Unpackable):
+        return layer.unpacked(torch.float32)
+    weight = cast("Any", layer.weight).detach()
+    return cast("Tensor", weight.dequantize() if hasattr(weight, "qtype") else weight).float()
+
+
+def is_frozen_product(base: nn.Module) -> bool:
+    """Whether the layer's product can be taken without a graph: plain and frozen, or one that multiplies itself."""
+    return isinstance(base, FrozenBase) or (type(base) is nn.Linear and not base.weight.requires_grad)
+
+
+class LoraLinear(AdaptedLinear):
+    """With low-rank adapters. `dropouts` zero a share of an adapter's input while training."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self._base_multiplies_itself = isinstance(base_layer, FrozenBase)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.dropouts: dict[str, float] = {}
 
     def add_adapter(self, name: str, *, down: Tensor, up: Tensor, scale: float, dropout: float = 0.0) -> None:
         """Add and activate A = `down` [rank, in] and B = `up` [out, rank]; both become trained parameters."""
@@ -56,26 +110,6 @@ class LoraLinear(nn.Module):
             parts[name] = part
         self.scales[name], self.strengths[name], self.dropouts[name] = scale, 1.0, dropout
         self.active = (*self.active, name)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        if isinstance(self.base_layer, FrozenBase):
-            return self.base_layer.device
-        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
-        return tensors[0].device
-
-    @property
-    def in_features(self) -> int:
-        return self.base_layer.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base_layer.out_features
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] of an adapter."""
@@ -135,7 +169,7 @@ class _LowRankLinear(torch.autograd.Function):
         (out,) = known  # in a tuple: autograd would return an argument as a copy
         with torch.autocast(x.device.type, enabled=False):
             if out is None:
-                out = _multiply(base, rows)
+                out = multiply(base, rows)
             for down, up, scale in zip(pairs[::2], pairs[1::2], scales, strict=True):
                 inner = rows @ down.to(dtype).t()
                 if known[0] is None:
@@ -156,7 +190,7 @@ class _LowRankLinear(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * (2 * count)
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                x_gradient = _multiply_transposed(ctx.base, gradient)
+                x_gradient = multiply_transposed(ctx.base, gradient)
             for index, (down, up, inner, scale) in enumerate(zip(downs, ups, inners, ctx.scales, strict=True)):
                 inner_gradient = (gradient @ up.to(dtype)).mul_(scale)
                 if ctx.needs_input_grad[4 + 2 * index]:
@@ -168,13 +202,15 @@ class _LowRankLinear(torch.autograd.Function):
         return (None if x_gradient is None else x_gradient.view_as(x), None, None, None, *gradients)
 
 
-def _multiply(base: nn.Linear | FrozenBase, x_RI: Tensor) -> Tensor:
+def multiply(base: nn.Linear | FrozenBase, x_RI: Tensor) -> Tensor:
+    """W x + b [R, O] of a frozen layer, without a graph; a new tensor."""
     if type(base) is not nn.Linear:
         return cast("FrozenBase", base).multiply(x_RI)
     return F.linear(x_RI, base.weight.to(x_RI.dtype), None if base.bias is None else base.bias.to(x_RI.dtype))
 
 
-def _multiply_transposed(base: nn.Linear | FrozenBase, x_RO: Tensor) -> Tensor:
+def multiply_transposed(base: nn.Linear | FrozenBase, x_RO: Tensor) -> Tensor:
+    """W^T x [R, I] of a frozen layer, without a graph; a new tensor."""
     if type(base) is not nn.Linear:
         return cast("FrozenBase", base).multiply_transposed(x_RO)
     return x_RO @ base.weight.to(x_RO.dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.files import LoraFile
-from simpletuner.adapters.layer import LoraLinear
+from simpletuner.adapters.layer import AdaptedLinear, LoraLinear
 from simpletuner.adapters.targets import linear_names, match_targets
 from simpletuner.problems import Fix, ModelError, Problem
 
@@ -87,7 +87,7 @@ def apply_lora(
 def activate_(model: nn.Module, adapter_names: Sequence[str]) -> None:
     """Let exactly these adapters act, where they are. What is trained stays as it is."""
     for module in model.modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, AdaptedLinear):
             module.active = tuple(name for name in adapter_names if name in module.scales)
 
 
@@ -162,7 +162,7 @@ def start_from_(model: nn.Module, file: LoraFile, settings: LoraSettings, adapte
 @contextmanager
 def disabled(model: nn.Module, adapter_name: str = ADAPTER_NAME) -> Iterator[None]:
     """Within it the model predicts as without this adapter; other adapters stay as they are."""
-    layers = [layer for _, layer in _lora_layers(model, adapter_name)]
+    layers = list(_adapted_layers(model, adapter_name))
     before = [layer.active for layer in layers]
     for layer, active in zip(layers, before, strict=True):
         layer.active = tuple(name for name in active if name != adapter_name)
@@ -175,8 +175,15 @@ def disabled(model: nn.Module, adapter_name: str = ADAPTER_NAME) -> Iterator[Non
 
 def set_scale(model: nn.Module, scale: float, adapter_name: str = ADAPTER_NAME) -> None:
     """Set the adapter's strength: 1 as trained, 0 off."""
-    for _, layer in _lora_layers(model, adapter_name):
+    for layer in _adapted_layers(model, adapter_name):
         layer.strengths[adapter_name] = scale
+
+
+def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[AdaptedLinear]:
+    """Those that have the adapter, of whatever kind."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear) and adapter_name in module.scales:
+            yield module
 
 
 def _lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLinear]]:

@@ -37,7 +37,7 @@ _RESULT_FLAGS = """
     internal_guidance_enabled twinflow_enabled diff2flow_enabled tread_enabled lr_scale lr_scale_sqrt
 """
 _RESULT_VALUES = """
-    peft_lora_mode=standard lora_init_type=default singlora_ramp_up_steps init_lokr_norm
+    peft_lora_mode=standard lora_init_type=default singlora_ramp_up_steps
     flow_cubic_schedule_weights flow_custom_timesteps distillation_method distillation_config tread_config
     diffusion_blocks_config input_perturbation timestep_bias_strategy scheduled_sampling_max_step_offset
     scheduled_sampling_probability prediction_type=flow_matching 
@@ -73,8 +73,8 @@ _OTHER_FLAGS = """
     fsdp_limit_all_gathers fsdp_activation_checkpointing use_soft_min_snr rescale_betas_zero_snr
 """
 _OTHER_VALUES = """
-    ema_device=cpu ema_update_interval ema_decay ema_warmup_steps ema_validation lycoris_config lora_format
-    init_lora_step init_lora_ema validation_lycoris_strength gradient_precision huber_schedule huber_c
+    ema_device=cpu ema_update_interval ema_decay ema_warmup_steps ema_validation lora_format
+    init_lora_step init_lora_ema gradient_precision huber_schedule huber_c
     masked_loss_probability=1,1.0 input_perturbation_steps noise_offset noise_offset_probability
     flow_beta_schedule_alpha flow_beta_schedule_beta flow_timesteps_mode mixflow_gamma
     scheduled_sampling_strategy scheduled_sampling_prob_start scheduled_sampling_prob_end

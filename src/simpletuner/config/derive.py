@@ -120,6 +120,8 @@ def _folders(settings: dict[str, Setting], config_path: Path | None, cwd: Path) 
     default("cache_dir", lambda: f"{settings['output_dir'].value}/cache")
     beside = config_path.parent if config_path is not None else cwd / "config"
     default("data_backend_config", lambda: str(beside / "multidatabackend.json"))
+    if "lora_type" in settings and settings["lora_type"].value == "lycoris":
+        default("lycoris_config", lambda: str(beside / "lycoris_config.json"))
     for name, option in options().items():
         if option.opt.holds == "path" and name in settings:
             settings[name] = replace(settings[name], value=fill_path(str(settings[name].value), cwd))

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from simpletuner.catalog.lycoris import LycorisSettings
 from simpletuner.catalog.modules import LORA_TARGETS
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset
+from simpletuner.config.lycoris import read_lycoris
 from simpletuner.config.root import Config
 from simpletuner.config.sections.memory import MemorySection
 from simpletuner.hardware.probe import device_type
 from simpletuner.hardware.space import GpuSpace, Space, gpu_memory, main_memory
 from simpletuner.planner.inputs import Adapter, DeviceKind, Offload, Picture, PlanInput
 from simpletuner.planner.sizes import ModelSizes, read_sizes
+from simpletuner.problems import ConfigError
 
 AUTO = 0  # of gradient_checkpointing_interval
 _CPUINFO = Path("/proc/cpuinfo")
@@ -80,6 +84,7 @@ def plan_input(
         rank=adapter.lora_rank,
         targets=adapter.peft_lora_target_modules or LORA_TARGETS[adapter.lora_targets],
         dropout=adapter.lora_dropout > 0,
+        lycoris=_lycoris(config),
     )
     seen = observed or _guessed(config, datasets)
     optimizer = OPTIMIZERS.get(config.optimizer.optimizer)
@@ -216,6 +221,15 @@ def _vae_bytes(config: Config, machine: Machine) -> int:
 def read_tile(config: Config) -> int | None:
     """Side of the VAE's tiles in px, if it works in tiles."""
     return model_sizes(config).vae.sample_size if config.memory.vae_enable_tiling else None
+
+
+def _lycoris(config: Config) -> LycorisSettings | None:
+    """The adapter's settings. The configuration is refused elsewhere where they cannot be read."""
+    if config.adapter.lora_type != "lycoris" or config.adapter.lycoris_config is None:
+        return None
+    with suppress(ConfigError):
+        return read_lycoris(Path(config.adapter.lycoris_config))
+    return None
 
 
 def _assistant(config: Config, weight_bytes: int) -> Adapter | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from simpletuner.catalog.lycoris import LycorisSettings
 from simpletuner.catalog.precisions import PRECISIONS, Precision
 from simpletuner.planner.sizes import ModelSizes
 
@@ -16,12 +17,13 @@ DeviceKind = Literal["cpu", "cuda", "mps"]
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A LoRA: its rank and the patterns of what it adapts. `weight_bytes` of one element."""
+    """A LoRA: its rank and the patterns of what it adapts; or what `lycoris` says. `weight_bytes` of one element."""
 
     rank: int
     targets: tuple[str, ...]
     weight_bytes: int = 4
     dropout: bool = False
+    lycoris: LycorisSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

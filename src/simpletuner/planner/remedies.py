@@ -66,7 +66,7 @@ def _changes(plan: PlanInput) -> Iterator[tuple[Fix, PlanInput]]:
         if edge_px is not None:
             image = replace(plan.validation, width_px=edge_px, height_px=edge_px, count=1)
             yield Fix(key="validation_resolution", value=f"{edge_px}x{edge_px}"), replace(plan, validation=image)
-    if plan.adapter.rank > 8:
+    if plan.adapter.rank > 8 and plan.adapter.lycoris is None:
         rank = max(plan.adapter.rank // 2, 8)
         yield Fix(key="lora_rank", value=rank), replace(plan, adapter=replace(plan.adapter, rank=rank))
 

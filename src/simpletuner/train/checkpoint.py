@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent.
 
     checkpoint-<step>/
-      pytorch_lora_weights.safetensors   the adapter, float32; loads in diffusers and ComfyUI like the final result
+      pytorch_lora_weights.safetensors   the adapter, float32; loads in diffusers and ComfyUI like the final result;
+                                         transformer/ in its place where all weights are trained
       optimizer.pt                       the optimizer's state_dict
       training_state.json                step, what decides the next steps, and every file's size; written last
 
@@ -15,14 +16,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save_lora
 from simpletuner.events.oserrors import os_errors_as_problems
 from simpletuner.train.resume import STATE_FILE_NAME, Checkpoint, Recipe, find_checkpoints
 
@@ -35,11 +34,10 @@ def save_checkpoint(
     *,
     step: int,
     recipe: Recipe,
-    adapter: Mapping[str, Tensor],
-    info: LoraInfo,
+    write: Callable[[Path], object],
     optimizer_state: Mapping[str, object],
 ) -> Checkpoint:
-    """Write `checkpoint-<step>`, replacing one of the same step.
+    """Write `checkpoint-<step>`, replacing one of the same step. `write(folder)` puts the trained weights there.
 
     Raises:
         FileSystemError: the disk is full or read-only; what was there before is untouched.
@@ -48,12 +46,13 @@ def save_checkpoint(
     with os_errors_as_problems(final):
         building = Path(tempfile.mkdtemp(prefix=f".checkpoint-{step}-", dir=output_dir))
         try:
-            save_lora(building / LORA_FILE_NAME, adapter, info)
+            write(building)
             torch.save(dict(optimizer_state), building / _OPTIMIZER_FILE_NAME)
-            sizes = {path.name: path.stat().st_size for path in building.iterdir()}
+            files = [path for path in building.rglob("*") if path.is_file()]
+            sizes = {path.relative_to(building).as_posix(): path.stat().st_size for path in files}
             state = {"version": _STATE_VERSION, "step": step, "recipe": asdict(recipe), "files": sizes}
             (building / STATE_FILE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
-            for path in (*building.iterdir(), building):
+            for path in (*building.rglob("*"), building):
                 _flush(path)
             building.chmod(0o755)
             if final.exists():
@@ -64,11 +63,6 @@ def save_checkpoint(
             shutil.rmtree(building, ignore_errors=True)
             raise
     return Checkpoint(path=final, step=step, recipe=recipe)
-
-
-def load_adapter(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
-    """The adapter's tensors, under the keys of `lora.adapter_state`."""
-    return load_lora(checkpoint.path / LORA_FILE_NAME).tensors
 
 
 def load_optimizer_state(checkpoint: Checkpoint) -> dict[str, object]:

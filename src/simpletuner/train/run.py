@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from simpletuner.adapters.files import LORA_FILE_NAME, save_lora
+from simpletuner.adapters.files import LORA_FILE_NAME
 from simpletuner.adapters.lora import disabled
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
@@ -37,15 +37,13 @@ from simpletuner.train.account import Account
 from simpletuner.train.build import (
     Training,
     build_training,
-    lora_info,
-    lora_settings,
     optimizer_settings,
     schedule_settings,
     step_settings,
+    trained_weights,
 )
 from simpletuner.train.checkpoint import (
     delete_old_checkpoints,
-    load_adapter,
     load_optimizer_state,
     save_checkpoint,
     total_bytes,
@@ -128,6 +126,7 @@ class _Run:
         self._stop = stop
         self._headings = headings
         self._account: Account | None = None
+        self._trained = trained_weights(start.config, config_hash=config_hash(loaded.config))
 
     def out_of_memory(self, error: BaseException) -> SimpletunerError:
         """What to tell of a run that found no memory."""
@@ -175,7 +174,13 @@ class _Run:
             account.before_model()
             account.meter.enter("load")
             training = build_training(
-                config, files=files, assistant_file=assistant_file, prompts=prompts, compute=compute, run=run
+                config,
+                files=files,
+                assistant_file=assistant_file,
+                prompts=prompts,
+                trained=self._trained,
+                compute=compute,
+                run=run,
             )
             validator = Validator(
                 config,
@@ -187,7 +192,7 @@ class _Run:
                 headings=self._headings,
             )
             if checkpoint is not None:
-                training.load_adapter_state(dict(load_adapter(checkpoint)))
+                self._trained.load(checkpoint.path, training.transformer)
                 state = load_optimizer_state(checkpoint)
                 restore_optimizer_(training.optimizer, state, name=config.optimizer.optimizer)
             account.meter.enter("validation")
@@ -273,7 +278,7 @@ class _Run:
         return files, assistant_file
 
     def _recipe(self, plan: Plan) -> Recipe:
-        config, lora = self._config, lora_settings(self._config)
+        config, trained = self._config, self._trained.identity
         return Recipe(
             seed=config.run.seed,
             plan=plan.fingerprint,
@@ -282,9 +287,10 @@ class _Run:
             gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
             world_size=1,
             optimizer=state_layout(config.optimizer.optimizer, optimizer_settings(config).arguments),
-            targets=lora.targets,
-            rank=lora.rank,
-            alpha=lora.alpha,
+            targets=trained.targets,
+            rank=trained.rank,
+            alpha=trained.alpha,
+            adapter=trained.adapter,
         )
 
     def _check_checkpoint(self, checkpoint: Checkpoint | None, recipe: Recipe) -> int:
@@ -318,7 +324,7 @@ class _Run:
         self._run.emit(
             RunPlanned(
                 model=f"{config.model.model_family} {config.model.model_flavour}",
-                adapter=f"LoRA rank {config.adapter.lora_rank}",
+                adapter=self._trained.label,
                 precision=compute.name,
                 device=str(device),
                 device_name=device_name(device),
@@ -367,7 +373,7 @@ class _Run:
             params=training.params,
             optimizer=training.optimizer,
             learning_rate=learning_rate,
-            settings=step_settings(self._config, rank=0),
+            settings=step_settings(self._config, rank=0, uses_dropout=self._trained.uses_dropout),
         )
 
     def _save(self, training: Training, recipe: Recipe, step: int) -> None:
@@ -378,8 +384,7 @@ class _Run:
                 self._output_dir,
                 step=step,
                 recipe=recipe,
-                adapter=training.adapter_state(),
-                info=lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config)),
+                write=lambda folder: self._trained.save(folder, training.transformer, step=step),
                 optimizer_state=state,
             )
         self._run.emit(
@@ -395,15 +400,13 @@ class _Run:
 
     def _save_result(self, training: Training, step: int) -> Path:
         begun = time.monotonic()
-        path = self._output_dir / LORA_FILE_NAME
-        info = lora_info(self._config, training.lora, step=step, config_hash=config_hash(self._loaded.config))
         with averaged_weights(training.optimizer):
-            save_lora(path, training.adapter_state(), info)
+            path = self._trained.save(self._output_dir, training.transformer, step=step)
         self._run.emit(
             CheckpointSaved(
                 step=step,
                 path=path.name,
-                bytes=path.stat().st_size,
+                bytes=total_bytes([path]),
                 seconds=time.monotonic() - begun,
                 final=True,
             )

@@ -31,6 +31,15 @@ class AdapterSection(Section):
     init_lora: Annotated[str | None, Opt(holds="path")] = None
     """LoRA file to start from, in place of a fresh adapter."""
 
+    lycoris_config: Annotated[
+        str | None, Opt(holds="path", shown_default="lycoris_config.json beside the configuration")
+    ] = None
+    """JSON file with the settings of lora_type lycoris: algo, multiplier, linear_dim, linear_alpha, and for LoKr factor
+    and full_matrix; apply_preset chooses the layers."""
+
+    init_lokr_norm: Annotated[float | None, Gt(0), Le(1), Opt(level="expert")] = None
+    """Start a LoKr at random, with an update of this share of each weight's norm, in place of one of zero."""
+
     assistant_lora_path: Annotated[str | None, Opt(holds="location", shown_default="by model_flavour")] = None
     """Adapter that keeps a turbo model's few-step ability out of the trained weights: hub id, folder or file. turbo
     and turbo-ostris-v2 fill it in."""

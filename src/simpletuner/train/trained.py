@@ -1,0 +1,152 @@
+"""What a run trains: how it gets onto the model, into a folder, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save_lora
+from simpletuner.adapters.lora import (
+    LoraReport,
+    LoraSettings,
+    adapter_state,
+    apply_lora,
+    load_adapter_state,
+    start_from_,
+)
+from simpletuner.adapters.lycoris import apply_lycoris, load_lycoris, load_lycoris_, save_lycoris
+from simpletuner.adapters.targets import linear_names
+from simpletuner.catalog.lycoris import LycorisSettings
+from simpletuner.events.types import AdapterCreated
+from simpletuner.models.z_image.transformer import ZImageTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What two runs must have in common for one to go on from the other's checkpoint. `adapter` tells the kind."""
+
+    adapter: str
+    targets: tuple[str, ...] = ()
+    rank: int = 0
+    alpha: float = 0.0
+
+
+class Trained(ABC):
+    """One kind of trained weights."""
+
+    label: str  # for people
+    identity: Identity
+    uses_dropout: bool
+    multiplier: float = 1.0  # how often they count in training steps
+    sampling_multiplier: float = 1.0  # and in images
+
+    @abstractmethod
+    def attach(self, transformer: ZImageTransformer, *, start: Path | None) -> LoraReport:
+        """Make `transformer` train them, and nothing else; `start`: from the file that init_lora names.
+
+        Raises:
+            ConfigError: they do not fit the model.
+            ModelError: the file does not fit them.
+        """
+
+    @abstractmethod
+    def created(self, report: LoraReport) -> AdapterCreated:
+        """What the run tells of them."""
+
+    @abstractmethod
+    def save(self, folder: Path, transformer: ZImageTransformer, *, step: int) -> Path:
+        """Write them into `folder`; return the file, or the folder, that people load.
+
+        Raises:
+            FileSystemError: there is no room, or no right to write there.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, transformer: ZImageTransformer) -> None:
+        """Put back what `save` wrote, exactly.
+
+        Raises:
+            ModelError: it is not of this adapter, or damaged.
+        """
+
+
+class TrainedLora(Trained):
+    """A LoRA; see `adapters.lora`."""
+
+    def __init__(self, settings: LoraSettings, info: Callable[[int], LoraInfo]) -> None:
+        """`info(step)` is what its file says about itself."""
+        self._settings, self._info = settings, info
+        self.label = f"LoRA rank {settings.rank}"
+        self.uses_dropout = settings.dropout > 0
+        self.identity = Identity(adapter="lora", targets=settings.targets, rank=settings.rank, alpha=settings.alpha)
+
+    def attach(self, transformer: ZImageTransformer, *, start: Path | None) -> LoraReport:
+        report = apply_lora(transformer, self._settings)
+        if start is not None:
+            start_from_(transformer, load_lora(start, linear_names(transformer)), self._settings)
+        return report
+
+    def created(self, report: LoraReport) -> AdapterCreated:
+        settings = self._settings
+        return AdapterCreated(
+            num_params=report.num_params,
+            num_modules=report.num_modules,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            targets=settings.targets,
+        )
+
+    def save(self, folder: Path, transformer: ZImageTransformer, *, step: int) -> Path:
+        save_lora(folder / LORA_FILE_NAME, adapter_state(transformer), self._info(step))
+        return folder / LORA_FILE_NAME
+
+    def load(self, folder: Path, transformer: ZImageTransformer) -> None:
+        load_adapter_state(transformer, load_lora(folder / LORA_FILE_NAME).tensors)
+
+
+class TrainedLycoris(Trained):
+    """LoKr and its relatives; see `adapters.lycoris`."""
+
+    def __init__(
+        self,
+        settings: LycorisSettings,
+        *,
+        config: str,
+        seed: int,
+        first_norm: float | None,
+        sampling_multiplier: float,
+        metadata: Callable[[int], dict[str, str]],
+    ) -> None:
+        """`config` are the settings as JSON text; `metadata(step)` is what its file says about itself."""
+        self._settings, self._config, self._seed = settings, config, seed
+        self._first_norm, self._metadata = first_norm, metadata
+        self.multiplier, self.sampling_multiplier = settings.multiplier, sampling_multiplier
+        self.label = "LyCORIS " + ", ".join(dict.fromkeys(update.algo for update in settings.updates))
+        self.uses_dropout = any(update.drops for update in settings.updates)
+        self.identity = Identity(adapter=f"lycoris {config}")
+
+    def attach(self, transformer: ZImageTransformer, *, start: Path | None) -> LoraReport:
+        report = apply_lycoris(transformer, self._settings, seed=self._seed, first_norm=self._first_norm)
+        if start is not None:
+            load_lycoris_(transformer, load_lycoris(start, linear_names(transformer)), path="/init_lora")
+        return report
+
+    def created(self, report: LoraReport) -> AdapterCreated:
+        update = self._settings.update
+        return AdapterCreated(
+            num_params=report.num_params,
+            num_modules=report.num_modules,
+            rank=update.dim,
+            alpha=update.alpha,
+            targets=(*self._settings.classes, *self._settings.names),
+            kind=self.label,
+        )
+
+    def save(self, folder: Path, transformer: ZImageTransformer, *, step: int) -> Path:
+        save_lycoris(folder / LORA_FILE_NAME, transformer, config=self._config, metadata=self._metadata(step))
+        return folder / LORA_FILE_NAME
+
+    def load(self, folder: Path, transformer: ZImageTransformer) -> None:
+        load_lycoris_(transformer, load_lycoris(folder / LORA_FILE_NAME, linear_names(transformer)))
