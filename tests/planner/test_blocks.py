@@ -7,6 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from simpletuner.adapters.lora import LoraSettings, apply_lora, trainable_parameters
+from simpletuner.adapters.lycoris import apply_lycoris
+from simpletuner.catalog.lycoris import LycorisSettings, Update
 from simpletuner.catalog.modules import LORA_TARGETS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.memory.checkpointing import apply_checkpointing
@@ -21,6 +23,13 @@ from simpletuner.quant.build import quantiser
 
 SIZES = {"dim": 256, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 4, "cap_feat_dim": 64}
 LORA = {"rank": 16, "targets": LORA_TARGETS["attention+mlp"]}
+LYCORIS = {
+    name: LycorisSettings(update=update, excluded=("*_refiner.*",), wildcards=True)
+    for name, update in {
+        "lokr": Update(algo="lokr", dim=10000, factor=8, full_matrix=True),
+        "loha": Update(algo="loha", dim=8),
+    }.items()
+}
 
 
 def peak_of_a_step(model: ZImageTransformer, side: int, captions: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -67,6 +76,10 @@ def peak_of_a_step(model: ZImageTransformer, side: int, captions: tuple[int, ...
         {"every": 1, "product": True},
         {"every": 2, "product": True, "dtype": torch.bfloat16},
         {"dropout": 0.1},
+        {"lycoris": "lokr"},
+        {"lycoris": "lokr", "every": 1},
+        {"lycoris": "lokr", "dtype": torch.bfloat16},
+        {"lycoris": "loha", "every": 1},
     ],
     ids=str,
 )
@@ -79,7 +92,8 @@ def test_the_peak_of_a_step(case):
     for name in quantisable_layers(model) if make is not None else ():
         place_module_(model, name, make(model.get_submodule(name).weight.detach()))
     settings = LoraSettings(rank=rank, alpha=rank, targets=targets, dropout=case.get("dropout", 0.0))
-    report = apply_lora(model, settings)
+    lycoris = LYCORIS[case["lycoris"]] if "lycoris" in case else None
+    report = apply_lora(model, settings) if lycoris is None else apply_lycoris(model, lycoris, seed=1)
     if every:
         apply_checkpointing(model.layers, every=every, product=LAST_PRODUCT if "product" in case else None)
     model.train()
@@ -89,7 +103,7 @@ def test_the_peak_of_a_step(case):
         weight_bytes=dtype.itemsize,
         compute_bytes=dtype.itemsize,
         precision=PRECISIONS[precision],
-        adapter=Adapter(rank=rank, targets=targets, dropout="dropout" in case),
+        adapter=Adapter(rank=rank, targets=targets, dropout="dropout" in case, lycoris=lycoris),
         train=Picture(width_px=side * 8, height_px=side * 8, count=len(captions), caption_tokens=max(captions)),
         is_mixed=len(set(captions)) > 1,
         checkpointing=bool(every),

@@ -142,9 +142,10 @@ class _KroneckerLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             mixed = _mixed(mixer, rows)
             of_second, of_mixed = _of_product(gradient, mixed, second, ctx.scale)
+            del mixed
             of_mixed = of_mixed.view(num_rows, len(mixer), -1)
             inputs = rows.view(num_rows, mixer.shape[1], -1)
-            of_first = torch.einsum("roj,rij->oi", of_mixed, inputs).to(first.dtype)
+            of_first = torch.bmm(of_mixed, inputs.transpose(1, 2)).sum(dim=0).to(first.dtype)
             of_x: Tensor | None = None
             if ctx.needs_input_grad[0]:
                 turned = mixer.t().expand(num_rows, -1, -1)

@@ -171,11 +171,15 @@ def butterfly_size(length: int, largest: int) -> int:
     raise ValueError(f"{length} has no even divisor of at most {limit} that leaves a power of two")
 
 
+def kronecker_blocks(update: Update, rows: int, columns: int) -> tuple[int, int]:
+    """How many blocks a LoKr cuts a weight [rows, columns] into, down and across: the size of its first part."""
+    down = factorised(rows, update.factor)[1 if update.unbalanced else 0]
+    return down, factorised(columns, update.factor)[0]
+
+
 def _lokr_shapes(update: Update, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    in_small, in_large = factorised(columns, update.factor)
-    out_small, out_large = factorised(rows, update.factor)
-    if update.unbalanced:
-        out_small, out_large = out_large, out_small
+    out_small, in_small = kronecker_blocks(update, rows, columns)
+    out_large, in_large = rows // out_small, columns // in_small
     dim = update.dim
     found: dict[str, tuple[int, ...]] = {}
     if update.decompose_both and not update.full_matrix and dim < max(out_small, in_small) / 2:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from simpletuner.catalog.lycoris import LycorisSettings, chosen_updates, num_params
+from simpletuner.catalog.lycoris import LycorisSettings, chosen_updates, kronecker_blocks, num_params
 from simpletuner.catalog.modules import is_target
 from simpletuner.planner.inputs import Adapter, PlanInput
 from simpletuner.planner.sizes import Linear
@@ -143,15 +143,16 @@ def _product(plan: PlanInput, layer: Linear, *, keeps_input: bool, gives: int, f
 
 
 def _of_lycoris(plan: PlanInput, layer: Linear, settings: LycorisSettings) -> tuple[int, int]:
-    """Bytes that an update (keeps beside its input, needs in backward). LoKr keeps nothing; what is written for any
-    layer's output keeps that, and a matrix as large as the weight is made where the weight is changed itself."""
+    """Bytes that an update (keeps beside its input, needs in backward). LoKr keeps nothing; what
+    turns the layer's output keeps that, and LoHa makes matrices as large as the weight."""
     (update,) = chosen_updates(settings, (layer.name,)).values()
     row = _tokens(plan) * layer.rows * plan.compute_bytes
     if update.algo == "lokr":
-        mixed = 2 * _tokens(plan) * layer.columns * plan.compute_bytes
+        rows, columns = kronecker_blocks(update, layer.rows, layer.columns)
+        mixed = 2 * _tokens(plan) * layer.columns * plan.compute_bytes * rows // columns
         return (2 * row if update.drops else 0), mixed
     whole = 3 * layer.rows * layer.columns * plan.compute_bytes if update.algo == "loha" else 0
-    return row, row + whole
+    return (row if update.algo in ("ia3", "diag-oft", "boft") else 0), row + whole
 
 
 def _is_adapted(name: str, adapter: Adapter) -> bool:
