@@ -230,7 +230,7 @@ def problem_of(error: pytest.ExceptionInfo[SimpletunerError]) -> str:
 
 @pytest.mark.parametrize(
     ("key", "kind"),
-    [("lokr_w1", "LoKr"), ("hada_w1_a", "LoHa"), ("oft_blocks", "OFT"), ("dora_scale", "DoRA"), ("diff", "?")],
+    [("lokr_w1", "LoKr"), ("hada_w1_a", "LoHa"), ("oft_blocks", "OFT"), ("diff", "?")],
 )
 def test_another_kind_of_adapter_is_refused_by_name(tmp_path, key, kind):
     path = tmp_path / "other.safetensors"

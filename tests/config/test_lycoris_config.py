@@ -39,6 +39,7 @@ FILES = {
 }
 ELSEWHERE = {  # asserted where they come about
     "E-LYCORIS-TARGET", "E-LYCORIS-SIZE", "E-LYCORIS-MODULES", "E-LYCORIS-SHAPE", "E-LYCORIS-SCALE", "E-LYCORIS-KIND",
+    "E-LORA-DORA",
 }  # fmt: skip
 
 
@@ -127,7 +128,18 @@ def test_options_that_nothing_reads_are_named(project):
     check(project.problem("W-ADAPTER-UNREAD"), ["init_lokr_norm", "standard"])
 
 
+def test_starts_that_exclude_each_other_or_are_not_offered(with_config):
+    check(with_config(lora_init_type="pissa", use_dora=True).problem("E-LORA-INIT-TWICE"), ["pissa", "use_dora"])
+    check(with_config(lora_init_type="loftq").problem("E-LORA-INIT-LOFTQ"), ["loftq", "pissa"])
+    assert not with_config(lora_init_type="olora").codes() and not with_config(use_dora=True).codes()
+
+
 def test_every_text_is_asserted():
     catalog = json.loads((Path(simpletuner.__file__).parent / "locales/en/lycoris.json").read_text(encoding="utf-8"))
     known = {key.split(".")[1] for key in catalog}
-    assert known == FILES.keys() | ELSEWHERE | {"E-LYCORIS-FILE", "W-ADAPTER-UNREAD"}
+    assert known == FILES.keys() | ELSEWHERE | {
+        "E-LYCORIS-FILE",
+        "W-ADAPTER-UNREAD",
+        "E-LORA-INIT-LOFTQ",
+        "E-LORA-INIT-TWICE",
+    }

@@ -27,7 +27,7 @@ BROKEN_JSON = {
 OPTIONS = {
     "E-KEY-MISSPELT": ({"lora_rnk": 4}, ["lora_rnk", "lora_rank"]),
     "E-KEY-UNKNOWN": ({"zzz": 4}, ["zzz", "--help-all"]),
-    "E-NOT-YET": ({"use_dora": True}, ["use_dora = true"]),
+    "E-NOT-YET": ({"slider_lora_target": True}, ["slider_lora_target = true"]),
     "W-NOT-YET-MEMORY": ({"fsdp_enable": True, "deepspeed_config": "zero2"}, ["fsdp_enable, deepspeed_config"]),
     "W-NOT-YET-SPEED": ({"fuse_qkv_projections": True}, ["fuse_qkv_projections"]),
     "W-NOT-YET-OTHER": ({"use_ema": "true"}, ["use_ema"]),

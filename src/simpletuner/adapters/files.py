@@ -9,7 +9,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ DEFAULT_LAYOUT = "comfyui"
 
 _OWN_METADATA = "simpletuner"
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
-_OTHER_KINDS = (("lokr_", "LoKr"), ("hada_", "LoHa"), ("oft_", "OFT"), ("dora_scale", "DoRA"), ("magnitude", "DoRA"))
+_OTHER_KINDS = (("lokr_", "LoKr"), ("hada_", "LoHa"), ("oft_", "OFT"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,8 @@ def save_lora(path: Path, tensors: Mapping[str, Tensor], info: LoraInfo, *, layo
     prefix = "diffusion_model." if layout == "comfyui" else "transformer."
     contents = {prefix + key: tensor for key, tensor in tensors.items()}
     if layout == "comfyui":
+        for key in [key for key in contents if key.endswith(Role.MAGNITUDE.value)]:
+            contents[key.removesuffix(Role.MAGNITUDE.value) + "dora_scale"] = contents.pop(key)[:, None]
         downs = [key for key in contents if key.endswith(Role.DOWN.value)]
         contents |= {key.removesuffix(Role.DOWN.value) + "alpha": torch.tensor(info.alpha) for key in downs}
     write_weights(path, contents, _metadata(info, tensors, layout))
@@ -112,6 +114,8 @@ def load_lora(path: Path, module_names: Sequence[str] = ()) -> LoraFile:
     for module, pair in pairs.items():
         state[f"{module}.{Role.DOWN.value}"] = pair.down
         state[f"{module}.{Role.UP.value}"] = pair.up
+        if pair.magnitude is not None:
+            state[f"{module}.{Role.MAGNITUDE.value}"] = pair.magnitude
     return LoraFile(tensors=state, scales={module: pair.scale for module, pair in pairs.items()}, info=info)
 
 
@@ -136,7 +140,9 @@ def _metadata(info: LoraInfo, tensors: Mapping[str, Tensor], layout: str) -> dic
         metadata["ss_base_model_version"] = info.base_model
     if layout == "diffusers":
         modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
-        config = {"r": info.rank, "lora_alpha": info.alpha, "target_modules": modules}
+        config: dict[str, object] = {"r": info.rank, "lora_alpha": info.alpha, "target_modules": modules}
+        if any(key.endswith(Role.MAGNITUDE.value) for key in tensors):
+            config["use_dora"] = True
         metadata[_DIFFUSERS_METADATA] = json.dumps({f"transformer.{k}": v for k, v in config.items()})
     return metadata
 
@@ -193,7 +199,7 @@ def _with_diffusers_alphas(pairs: dict[str, Pair], metadata: Mapping[str, str]) 
     for module, pair in pairs.items():
         special = [value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module)]
         own = float((special or [alpha])[0])
-        completed[module] = Pair(down=pair.down, up=pair.up, alpha=own) if pair.alpha is None else pair
+        completed[module] = replace(pair, alpha=own) if pair.alpha is None else pair
     return completed
 
 

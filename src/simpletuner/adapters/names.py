@@ -25,15 +25,20 @@ class Role(Enum):
     DOWN = "lora_A.weight"
     UP = "lora_B.weight"
     ALPHA = "alpha"
+    MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One module's adapter: `down` [rank, in], `up` [out, rank], scaled by `alpha / rank`; None: by 1."""
+    """One module's adapter: `down` [rank, in], `up` [out, rank], scaled by `alpha / rank`; None: by 1.
+
+    `magnitude` [out]: of a DoRA.
+    """
 
     down: Tensor
     up: Tensor
     alpha: float | None
+    magnitude: Tensor | None = None
 
     @property
     def scale(self) -> float:
@@ -50,6 +55,10 @@ _SUFFIXES = (
     (".lora_up.weight", Role.UP),
     (".lora.up.weight", Role.UP),
     (".alpha", Role.ALPHA),
+    (".dora_scale", Role.MAGNITUDE),
+    (".lora_magnitude_vector", Role.MAGNITUDE),
+    (".lora_magnitude_vector.weight", Role.MAGNITUDE),
+    (".lora_magnitude_vector.default.weight", Role.MAGNITUDE),
 )
 _DOTTED_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
@@ -77,7 +86,12 @@ def parse_pairs(tensors: Mapping[str, Tensor], module_names: Sequence[str]) -> t
             rest.extend(key for key, _ in parts.values())
             continue
         alpha = parts[Role.ALPHA][1].item() if Role.ALPHA in parts else None
-        pair = Pair(down=parts[Role.DOWN][1], up=parts[Role.UP][1], alpha=None if alpha is None else float(alpha))
+        pair = Pair(
+            down=parts[Role.DOWN][1],
+            up=parts[Role.UP][1],
+            alpha=None if alpha is None else float(alpha),
+            magnitude=parts[Role.MAGNITUDE][1].flatten() if Role.MAGNITUDE in parts else None,
+        )
         pairs.update(_split(module, pair, frozenset(module_names)))
     return pairs, rest
 
@@ -116,9 +130,11 @@ def _split(module: str, pair: Pair, module_names: frozenset[str]) -> dict[str, P
     parent, _, last = module.rpartition(".")
     if module not in module_names and last == "qkv" and f"{parent}.to_q" in module_names:
         ups = torch.tensor_split(pair.up, 3, dim=0)
+        lengths = (None,) * 3 if pair.magnitude is None else torch.tensor_split(pair.magnitude, 3)
         names = ("to_q", "to_k", "to_v")
         return {
-            f"{parent}.{n}": Pair(down=pair.down, up=up, alpha=pair.alpha) for n, up in zip(names, ups, strict=True)
+            f"{parent}.{name}": Pair(down=pair.down, up=up, alpha=pair.alpha, magnitude=length)
+            for name, up, length in zip(names, ups, lengths, strict=True)
         }
     if module not in module_names and last == "out" and f"{parent}.to_out.0" in module_names:
         return {f"{parent}.to_out.0": pair}

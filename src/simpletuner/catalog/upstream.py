@@ -32,12 +32,12 @@ class UpstreamOption:
 
 
 _RESULT_FLAGS = """
-    controlnet control use_dora slider_lora_target flow_use_beta_schedule mixflow_enabled offset_noise
+    controlnet control slider_lora_target flow_use_beta_schedule mixflow_enabled offset_noise
     train_text_encoder xm_enabled nextlat_enabled irepa_enabled crepa_enabled layersync_enabled
     internal_guidance_enabled twinflow_enabled diff2flow_enabled tread_enabled lr_scale lr_scale_sqrt
 """
 _RESULT_VALUES = """
-    peft_lora_mode=standard lora_init_type=default singlora_ramp_up_steps
+    peft_lora_mode=standard singlora_ramp_up_steps
     flow_cubic_schedule_weights flow_custom_timesteps distillation_method distillation_config tread_config
     diffusion_blocks_config input_perturbation timestep_bias_strategy scheduled_sampling_max_step_offset
     scheduled_sampling_probability prediction_type=flow_matching 

@@ -8,11 +8,11 @@ from pathlib import Path
 from simpletuner.config.lycoris import read_lycoris
 from simpletuner.config.paths import is_file, shown_path
 from simpletuner.config.root import Config
-from simpletuner.config.rule import Origins, Rule, rule, was_changed, was_set
-from simpletuner.problems import ConfigError, Problem, Severity
+from simpletuner.config.rule import Origins, Rule, limit, rule, was_changed, was_set
+from simpletuner.problems import ConfigError, Fix, Problem, Severity
 
 _OF_LORA = (
-    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "peft_lora_target_modules",
+    "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "peft_lora_target_modules", "lora_init_type", "use_dora",
 )  # fmt: skip
 _OF_LYCORIS = ("lycoris_config", "init_lokr_norm", "validation_lycoris_strength")
 
@@ -41,6 +41,24 @@ def adapter_reads_what_is_set(c: Config, origins: Origins) -> Problem | None:
     kind = "model_type full" if not is_lora else f"lora_type {c.adapter.lora_type}"
     params = {"unread": ", ".join(told), "kind": kind}
     return Problem(code="W-ADAPTER-UNREAD", severity=Severity.WARNING, params=params, path=f"/{told[0]}")
+
+
+@limit("lora_init_type")
+def adapter_start_is_offered(c: Config, origins: Origins) -> Problem | None:
+    if c.adapter.lora_init_type != "loftq":
+        return None
+    return Problem(code="E-LORA-INIT-LOFTQ", fixes=(Fix(key="lora_init_type", value="pissa"),))
+
+
+@rule("lora_init_type", "use_dora", "init_lora")
+def adapter_starts_once(c: Config, origins: Origins) -> Problem | None:
+    """Starts from the weight are subtracted beside it: neither a DoRA's lengths nor a file's weights know of that."""
+    start = c.adapter.lora_init_type
+    if start not in ("pissa", "olora") or not (c.adapter.use_dora or c.adapter.init_lora):
+        return None
+    other = "use_dora" if c.adapter.use_dora else "init_lora"
+    params = {"start": start, "other": other}
+    return Problem(code="E-LORA-INIT-TWICE", params=params, fixes=(Fix(key="lora_init_type", value="default"),))
 
 
 ADAPTER_RULES = tuple(value for value in list(globals().values()) if isinstance(value, Rule))

@@ -189,6 +189,8 @@ def lora_settings(config: Config) -> LoraSettings:
         dropout=adapter.lora_dropout,
         targets=adapter.peft_lora_target_modules or Z_IMAGE.lora_targets(adapter.lora_targets),
         seed=config.run.seed,
+        start=adapter.lora_init_type,
+        dora=adapter.use_dora,
     )
 
 

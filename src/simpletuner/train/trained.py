@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save_lora
 from simpletuner.adapters.lora import (
+    WEIGHT_STARTS,
     LoraReport,
     LoraSettings,
     adapter_state,
@@ -78,9 +79,14 @@ class TrainedLora(Trained):
     def __init__(self, settings: LoraSettings, info: Callable[[int], LoraInfo]) -> None:
         """`info(step)` is what its file says about itself."""
         self._settings, self._info = settings, info
-        self.label = f"LoRA rank {settings.rank}"
+        kind = "DoRA" if settings.dora else "LoRA"
+        self.label = f"{kind} rank {settings.rank}"
+        # What the weights in a checkpoint mean; how they began matters where it is a part of them.
+        begun = f" {settings.start}" if settings.start in WEIGHT_STARTS else ""
         self.uses_dropout = settings.dropout > 0
-        self.identity = Identity(adapter="lora", targets=settings.targets, rank=settings.rank, alpha=settings.alpha)
+        self.identity = Identity(
+            adapter=f"{kind.lower()}{begun}", targets=settings.targets, rank=settings.rank, alpha=settings.alpha
+        )
 
     def attach(self, transformer: ZImageTransformer, *, start: Path | None) -> LoraReport:
         report = apply_lora(transformer, self._settings)
@@ -96,10 +102,14 @@ class TrainedLora(Trained):
             rank=settings.rank,
             alpha=settings.alpha,
             targets=settings.targets,
+            kind="DoRA" if settings.dora else "LoRA",
         )
 
     def save(self, folder: Path, transformer: ZImageTransformer, *, step: int) -> Path:
-        save_lora(folder / LORA_FILE_NAME, adapter_state(transformer), self._info(step))
+        info = self._info(step)
+        if self._settings.start in WEIGHT_STARTS:  # the file has what was learnt, less what it began with
+            info = replace(info, rank=2 * info.rank, alpha=2 * info.alpha)
+        save_lora(folder / LORA_FILE_NAME, adapter_state(transformer), info)
         return folder / LORA_FILE_NAME
 
     def load(self, folder: Path, transformer: ZImageTransformer) -> None:

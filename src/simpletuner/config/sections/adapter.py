@@ -28,6 +28,16 @@ class AdapterSection(Section):
     peft_lora_target_modules: Annotated[tuple[str, ...] | None, Opt(level="expert")] = None
     """Names of the modules that get an adapter, in place of lora_targets."""
 
+    use_dora: Annotated[bool, Opt()] = False
+    """Train the length of each weight row beside the low-rank update (DoRA). Closer to full training than a LoRA of
+    the same rank; slower."""
+
+    lora_init_type: Annotated[
+        Literal["default", "gaussian", "pissa", "olora", "loftq"], Opt(level="expert", spellings=(("true", "default"),))
+    ] = "default"
+    """How an adapter begins: default and gaussian at random; pissa and olora from the largest parts of each weight,
+    which takes minutes for a whole model and makes files of twice the rank."""
+
     init_lora: Annotated[str | None, Opt(holds="path")] = None
     """LoRA file to start from, in place of a fresh adapter."""
 
