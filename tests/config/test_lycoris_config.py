@@ -11,6 +11,7 @@ import pytest
 import simpletuner
 from simpletuner.catalog.lycoris import LycorisSettings, Update
 from simpletuner.config.lycoris import canonical_lycoris, read_lycoris
+from simpletuner.config.release import releases_gradients
 
 from .test_messages import check
 
@@ -39,7 +40,7 @@ FILES = {
 }
 ELSEWHERE = {  # asserted where they come about
     "E-LYCORIS-TARGET", "E-LYCORIS-SIZE", "E-LYCORIS-MODULES", "E-LYCORIS-SHAPE", "E-LYCORIS-SCALE", "E-LYCORIS-KIND",
-    "E-LORA-DORA",
+    "E-LORA-DORA", "E-FULL-WEIGHTS",
 }  # fmt: skip
 
 
@@ -134,12 +135,51 @@ def test_starts_that_exclude_each_other_or_are_not_offered(with_config):
     assert not with_config(lora_init_type="olora").codes() and not with_config(use_dora=True).codes()
 
 
+FULL = {"model_type": "full"}
+# code -> (options beside model_type full, words that both languages' texts must hold)
+OF_FULL = {
+    "E-FULL-BASE": ({"base_model_precision": "int8"}, ["base_model_precision = int8-torchao"]),
+    "W-FULL-ROUNDING": ({"optimizer": "adamw"}, ["adamw", "adamw_bf16", "fp32"]),
+    "E-RELEASE-GRADIENTS": (
+        {"optimizer_release_gradients": True, "gradient_accumulation_steps": 2, "optimizer": "prodigy"},
+        ["gradient_accumulation_steps = 2, max_grad_norm = 1, optimizer = prodigy"],
+    ),
+    "I-FULL-GRADIENTS": ({}, ["max_grad_norm = 1", "grad_clip_method"]),
+}
+
+
+@pytest.mark.parametrize("code", OF_FULL)
+def test_what_full_training_cannot_have_is_told(with_config, code):
+    options, words = OF_FULL[code]
+    check(with_config({**FULL, **options}).problem(code), words)
+
+
+@pytest.mark.parametrize("option", ["enable_group_offload", "ramtorch"])
+def test_weights_that_stream_are_not_trained(with_config, option):
+    check(with_config({**FULL, option: True}).problem("E-FULL-BASE"), [option])
+
+
+def test_full_training_without_clipping_by_norm_is_nothing_special(with_config):
+    project = with_config({**FULL, "max_grad_norm": 0, "optimizer": "adamw", "base_model_default_dtype": "fp32"})
+    assert not project.codes()
+    assert releases_gradients(project.load().config)
+    assert not releases_gradients(project.load("--optimizer_release_gradients=false").config)
+    assert not releases_gradients(with_config(max_grad_norm=0).load().config)
+    assert releases_gradients(with_config(max_grad_norm=0, optimizer_release_gradients=True).load().config)
+
+
+def test_regularisation_needs_the_untrained_model(with_config, with_datasets):
+    with_datasets(is_regularisation_data=True)
+    check(with_config({**FULL, "max_grad_norm": 0}).problem("E-FULL-REGULARISATION"), ["subject", "model_type full"])
+
+
 def test_every_text_is_asserted():
     catalog = json.loads((Path(simpletuner.__file__).parent / "locales/en/lycoris.json").read_text(encoding="utf-8"))
     known = {key.split(".")[1] for key in catalog}
-    assert known == FILES.keys() | ELSEWHERE | {
+    assert known == OF_FULL.keys() | FILES.keys() | ELSEWHERE | {
         "E-LYCORIS-FILE",
         "W-ADAPTER-UNREAD",
         "E-LORA-INIT-LOFTQ",
         "E-LORA-INIT-TWICE",
+        "E-FULL-REGULARISATION",
     }

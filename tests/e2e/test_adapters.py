@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.e2e.test_offload import OFFLOADS, VALIDATION, flags, pictures
 from tests.e2e.test_resume import WEIGHTS, assert_same_weights
+
+MODEL = "transformer/diffusion_pytorch_model.safetensors"
 
 pytestmark = pytest.mark.slow
 
@@ -50,12 +53,10 @@ def test_a_lokr_that_stops_and_goes_on_is_the_one_that_was_left_alone(lokr):
 
 
 def test_a_checkpoint_of_another_kind_is_refused(lokr):
-    run(lokr, "output", "--max_train_steps=2")
-    (lokr.root / "config/lycoris_config.json").write_text(json.dumps({**LOKR, "factor": 8}))
-    for arguments in ([], ["--lora_type=standard"]):
-        done = lokr.run("train", *arguments)
-        assert done.returncode != 0
-        assert "E-CHECKPOINT-INCOMPATIBLE" in done.stderr and "lora_type" in done.stderr
+    run(lokr, "output", "--max_train_steps=1")
+    done = lokr.run("train", "--lora_type=standard")
+    assert done.returncode != 0
+    assert "E-CHECKPOINT-INCOMPATIBLE" in done.stderr and "lora_type" in done.stderr
 
 
 def test_a_lokr_on_a_quantised_base_streams_bit_for_bit(lokr):
@@ -63,3 +64,30 @@ def test_a_lokr_on_a_quantised_base_streams_bit_for_bit(lokr):
     run(lokr, "plain")
     run(lokr, "streamed", *flags(OFFLOADS["leaves from disk"]))
     assert_same_weights(lokr.root / "plain", lokr.root / "streamed")
+
+
+@pytest.mark.parametrize("released", [True, False])
+def test_all_weights_stop_and_go_on_and_are_a_model_of_their_own(project, released):
+    project.set(
+        model_type="full",
+        max_grad_norm=0.01,
+        grad_clip_method="value",
+        optimizer_release_gradients=released,
+        learning_rate=1e-4,
+    )
+    run(project, "straight", "--optimizer_release_gradients=false", *flags(VALIDATION))
+    for steps in (3, 6):
+        run(project, "pieces", f"--max_train_steps={steps}")
+    one, other = (load_file(project.root / folder / MODEL) for folder in ("straight", "pieces"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert project.losses(project.root / "straight") == project.losses(project.root / "pieces")
+    if released:
+        run(
+            project,
+            "on top",
+            "--model_type=lora",
+            "--optimizer_release_gradients=none",
+            "--pretrained_transformer_model_name_or_path=straight",
+            "--max_train_steps=1",
+        )
+        assert project.losses(project.root / "on top")[1] != project.losses(project.root / "straight")[1]

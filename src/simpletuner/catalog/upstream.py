@@ -44,7 +44,7 @@ _RESULT_VALUES = """
     qwen_text_encoder_model_name_or_path
 """
 _MEMORY_FLAGS = """
-    quantize_activations vae_enable_patch_conv offload_during_save optimizer_release_gradients
+    quantize_activations vae_enable_patch_conv offload_during_save
     optimizer_offload_gradients gradient_checkpointing_offload_attention gradient_checkpointing_offload_prefetch
     set_grads_to_none fsdp_enable fsdp_cpu_offload
 """
@@ -54,7 +54,7 @@ _MEMORY_VALUES = """
     gradient_checkpointing_offload_pin_memory_max_buckets accelerator_cache_clear_interval
 """
 _SPEED_FLAGS = """
-    fuse_optimizer fuse_qkv_projections disable_tf32 dynamo_fullgraph dynamo_dynamic
+    fuse_qkv_projections disable_tf32 dynamo_fullgraph dynamo_dynamic
     dynamo_use_regional_compilation use_xformers ramtorch_disable_sync_hooks ramtorch_disable_extensions=true
 """
 _SPEED_VALUES = "attention_mechanism=diffusers sageattention_usage dynamo_backend dynamo_mode"

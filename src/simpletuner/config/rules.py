@@ -237,13 +237,6 @@ def sizes_make_sense(c: Config, origins: Origins) -> Problem | None:
 # Limits of this version
 
 
-@limit("model_type")
-def full_training_is_not_there_yet(c: Config, origins: Origins) -> Problem | None:
-    if c.model.model_type == "lora":
-        return None
-    return _beyond("model_type", c.model.model_type, "lora")
-
-
 @limit("loss_type")
 def loss_is_available(c: Config, origins: Origins) -> Problem | None:
     return None if c.flow.loss_type == "l2" else _beyond("loss_type", c.flow.loss_type, "l2")

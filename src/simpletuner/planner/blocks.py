@@ -77,12 +77,14 @@ def largest_weight(plan: PlanInput) -> int:
 
 def adapter_params(plan: PlanInput, adapter: Adapter) -> int:
     """Elements of an adapter over the whole model."""
+    if adapter.whole:
+        return plan.sizes.transformer.num_params
     linears = {layer.name: layer for layer in plan.sizes.transformer.linears()}
     if adapter.lycoris is not None:
         updates = chosen_updates(adapter.lycoris, linears)
         return sum(num_params(update, linears[n].rows, linears[n].columns) for n, update in updates.items())
     layers = (layer for layer in linears.values() if _is_adapted(layer.name, adapter))
-    return sum(adapter.rank * (layer.rows + layer.columns) for layer in layers)
+    return sum(adapter.rank * (layer.rows + layer.columns) + adapter.dora * layer.rows for layer in layers)
 
 
 def _stages(plan: PlanInput) -> Iterator[Stage]:
@@ -134,6 +136,9 @@ def _product(plan: PlanInput, layer: Linear, *, keeps_input: bool, gives: int, f
             continue
         keeps += _tokens(plan) * adapter.rank * plan.compute_bytes
         works += _tokens(plan) * adapter.rank * plan.compute_bytes
+        if adapter.dora:  # the base's product and the update's, whose lengths are trained
+            keeps += 2 * _tokens(plan) * layer.rows * plan.compute_bytes
+            works += 3 * _tokens(plan) * layer.rows * plan.compute_bytes
     if adapters and keeps_input:
         keeps += taken
     if plan.adapter in adapters and plan.adapter.dropout and plan.adapter.lycoris is None:

@@ -15,6 +15,7 @@ from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset
 from simpletuner.config.lycoris import read_lycoris
+from simpletuner.config.release import releases_gradients
 from simpletuner.config.root import Config
 from simpletuner.config.sections.memory import MemorySection
 from simpletuner.hardware.probe import device_type
@@ -80,10 +81,14 @@ def plan_input(
     """What a run of these options needs to be planned; `observed` replaces what is guessed about the data."""
     memory, adapter = config.memory, config.adapter
     weight_bytes, compute_bytes = _number_bytes(config, machine)
+    full = config.model.model_type == "full"
     lora = Adapter(
-        rank=adapter.lora_rank,
-        targets=adapter.peft_lora_target_modules or LORA_TARGETS[adapter.lora_targets],
-        dropout=adapter.lora_dropout > 0,
+        rank=0 if full else adapter.lora_rank,
+        targets=("*",) if full else adapter.peft_lora_target_modules or LORA_TARGETS[adapter.lora_targets],
+        weight_bytes=weight_bytes if full else 4,
+        dropout=adapter.lora_dropout > 0 and not full,
+        dora=adapter.use_dora and not full,
+        whole=full,
         lycoris=_lycoris(config),
     )
     seen = observed or _guessed(config, datasets)
@@ -103,6 +108,7 @@ def plan_input(
         train=seen.picture,
         is_mixed=seen.is_mixed,
         accumulation=config.optimizer.gradient_accumulation_steps,
+        releases=releases_gradients(config),
         checkpointing=memory.gradient_checkpointing,
         interval=memory.gradient_checkpointing_interval or 1,  # auto: at least what full recomputation needs
         keep_bytes=_kept_activations(config),
@@ -225,7 +231,8 @@ def read_tile(config: Config) -> int | None:
 
 def _lycoris(config: Config) -> LycorisSettings | None:
     """The adapter's settings. The configuration is refused elsewhere where they cannot be read."""
-    if config.adapter.lora_type != "lycoris" or config.adapter.lycoris_config is None:
+    is_lycoris = config.model.model_type == "lora" and config.adapter.lora_type == "lycoris"
+    if not is_lycoris or config.adapter.lycoris_config is None:
         return None
     with suppress(ConfigError):
         return read_lycoris(Path(config.adapter.lycoris_config))

@@ -18,6 +18,7 @@ from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.lycoris import canonical_lycoris, read_lycoris
 from simpletuner.config.optimizer_arguments import read_arguments
+from simpletuner.config.release import releases_gradients
 from simpletuner.config.root import Config
 from simpletuner.data.prompts import PromptStore
 from simpletuner.events.run_directory import RunRecorder
@@ -27,6 +28,7 @@ from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.transformer import ZImageTransformer, velocity
 from simpletuner.optim.build import build_optimizer
+from simpletuner.optim.release import ReleasedUpdates
 from simpletuner.optim.schedules import ScheduleSettings
 from simpletuner.optim.settings import OptimizerSettings
 from simpletuner.train.context import ContextCache
@@ -35,7 +37,7 @@ from simpletuner.train.flow import FlowSettings
 from simpletuner.train.load import load_trained_model
 from simpletuner.train.recompute import apply_recomputation
 from simpletuner.train.step import StepSettings
-from simpletuner.train.trained import Trained, TrainedLora, TrainedLycoris
+from simpletuner.train.trained import Trained, TrainedLora, TrainedLycoris, TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class Training:
     assistant: AssistantStrengths | None
     params: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    released: ReleasedUpdates | None  # where parameters move during backward
     compute: Compute
 
     def predict(self, latents: Sequence[Tensor], sigma_B: Tensor, prompts: Sequence[str]) -> list[Tensor]:
@@ -126,6 +129,10 @@ def build_training(
     run.emit(trained.created(adapter))
     params = trainable_parameters(transformer)
     optimizer = build_optimizer(config.optimizer.optimizer, params, optimizer_settings(config))
+    released = None
+    if releases_gradients(config):
+        by_value = config.optimizer.max_grad_norm > 0
+        released = ReleasedUpdates(params, optimizer, clip_value=config.optimizer.max_grad_norm if by_value else None)
     apply_recomputation(
         transformer,
         config.memory,
@@ -156,6 +163,7 @@ def build_training(
         sampling_multiplier=trained.sampling_multiplier,
         params=params,
         optimizer=optimizer,
+        released=released,
         compute=compute,
     )
 
@@ -166,6 +174,8 @@ def trained_weights(config: Config, *, config_hash: str) -> Trained:
     Raises:
         ConfigError: the LyCORIS file cannot be read.
     """
+    if config.model.model_type == "full":
+        return TrainedModel()
     if config.adapter.lora_type == "standard":
         lora = lora_settings(config)
         return TrainedLora(lora, lambda step: lora_info(config, lora, step=step, config_hash=config_hash))

@@ -372,6 +372,7 @@ class _Run:
             parent=lambda: disabled(training.transformer),
             params=training.params,
             optimizer=training.optimizer,
+            released=training.released,
             learning_rate=learning_rate,
             settings=step_settings(self._config, rank=0, uses_dropout=self._trained.uses_dropout),
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
 
 from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save_lora
 from simpletuner.adapters.lora import (
@@ -21,7 +24,11 @@ from simpletuner.adapters.lycoris import apply_lycoris, load_lycoris, load_lycor
 from simpletuner.adapters.targets import linear_names
 from simpletuner.catalog.lycoris import LycorisSettings
 from simpletuner.events.types import AdapterCreated
+from simpletuner.models.z_image.save import load_weights_of_, save_transformer
 from simpletuner.models.z_image.transformer import ZImageTransformer
+
+MODEL_FOLDER = "transformer"
+_OF_ADAPTER = re.compile(r"\.lora_[AB]\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +121,47 @@ class TrainedLora(Trained):
 
     def load(self, folder: Path, transformer: ZImageTransformer) -> None:
         load_adapter_state(transformer, load_lora(folder / LORA_FILE_NAME).tensors)
+
+
+class TrainedModel(Trained):
+    """Every weight of the transformer."""
+
+    label = "all weights"
+    identity = Identity(adapter="full")
+    uses_dropout = False
+
+    def attach(self, transformer: ZImageTransformer, *, start: Path | None) -> LoraReport:
+        weights = _whole_model(transformer)
+        for parameter in weights.values():
+            parameter.requires_grad_(True)
+        modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in weights))
+        return LoraReport(modules=modules, num_params=sum(parameter.numel() for parameter in weights.values()))
+
+    def created(self, report: LoraReport) -> AdapterCreated:
+        return AdapterCreated(
+            num_params=report.num_params,
+            num_modules=report.num_modules,
+            rank=0,
+            alpha=0.0,
+            targets=("*",),
+            kind=self.label,
+        )
+
+    def save(self, folder: Path, transformer: ZImageTransformer, *, step: int) -> Path:
+        save_transformer(folder / MODEL_FOLDER, transformer.config, _whole_model(transformer))
+        return folder / MODEL_FOLDER
+
+    def load(self, folder: Path, transformer: ZImageTransformer) -> None:
+        load_weights_of_(folder / MODEL_FOLDER, _whole_model(transformer))
+
+
+def _whole_model(transformer: ZImageTransformer) -> dict[str, nn.Parameter]:
+    """The model's own parameters under the checkpoint's names, without an assistant adapter's."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in transformer.named_parameters()
+        if not _OF_ADAPTER.search(name)
+    }
 
 
 class TrainedLycoris(Trained):
