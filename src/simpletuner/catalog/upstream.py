@@ -54,7 +54,7 @@ _MEMORY_VALUES = """
     gradient_checkpointing_offload_pin_memory_max_buckets accelerator_cache_clear_interval
 """
 _SPEED_FLAGS = """
-    fuse_qkv_projections disable_tf32 dynamo_fullgraph dynamo_dynamic
+    fuse_optimizer fuse_qkv_projections disable_tf32 dynamo_fullgraph dynamo_dynamic
     dynamo_use_regional_compilation use_xformers ramtorch_disable_sync_hooks ramtorch_disable_extensions=true
 """
 _SPEED_VALUES = "attention_mechanism=diffusers sageattention_usage dynamo_backend dynamo_mode"

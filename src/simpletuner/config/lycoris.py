@@ -91,6 +91,10 @@ def canonical_lycoris(path: Path) -> str:
     return json.dumps(document.value, sort_keys=True, ensure_ascii=False)
 
 
+LYCORIS_KEYS = frozenset((*_TOP_KEYS, *_UPDATE_KEYS, *_PRESET_LISTS, *_PRESET_MAPS, "use_fnmatch"))
+"""Every key that means something in such a file."""
+
+
 @dataclass(kw_only=True)
 class _Reader:
     document: JsonDocument

@@ -168,10 +168,11 @@ def step_height(plan: PlanInput) -> _Height:
 
 
 def _block_gradients(plan: PlanInput) -> int:
-    """Of one block: a recomputed one hands on the gradients of all its weights together."""
+    """Bytes of gradients that are freed when they were used. A recomputed block hands on those of all its weights
+    together: half of them are there when its activations are at their height."""
     layers = plan.sizes.transformer.block_linears("layers.0", modulated=True)
     params = [layer.rows * layer.columns for layer in layers]
-    return (sum(params) if plan.checkpointing else max(params)) * plan.adapter.weight_bytes
+    return (max(sum(params) // 2, max(params)) if plan.checkpointing else max(params)) * plan.adapter.weight_bytes
 
 
 def _backward(plan: PlanInput, block: BlockMemory, index: int, before: int, gradients: int) -> _Height:
