@@ -173,6 +173,15 @@ def test_regularisation_needs_the_untrained_model(with_config, with_datasets):
     check(with_config({**FULL, "max_grad_norm": 0}).problem("E-FULL-REGULARISATION"), ["subject", "model_type full"])
 
 
+def test_targets_may_be_in_a_file(with_config):
+    project = with_config(peft_lora_target_modules="config/targets.json")
+    check(project.problem("E-LORA-TARGETS-FILE"), ["config/targets.json", "to_q"])
+    project.write("config/targets.json", ["to_q", "layers.*.attention.to_v"])
+    assert project.load().config.adapter.peft_lora_target_modules == ("to_q", "layers.*.attention.to_v")
+    project.write("config/targets.json", {"to_q": 1})
+    assert project.codes() == ["E-LORA-TARGETS-FILE"]
+
+
 def test_every_text_is_asserted():
     catalog = json.loads((Path(simpletuner.__file__).parent / "locales/en/lycoris.json").read_text(encoding="utf-8"))
     known = {key.split(".")[1] for key in catalog}
@@ -182,4 +191,5 @@ def test_every_text_is_asserted():
         "E-LORA-INIT-LOFTQ",
         "E-LORA-INIT-TWICE",
         "E-FULL-REGULARISATION",
+        "E-LORA-TARGETS-FILE",
     }

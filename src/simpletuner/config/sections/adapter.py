@@ -26,7 +26,7 @@ class AdapterSection(Section):
     """Which layers get an adapter: attention, attention and MLP, or every linear layer of the blocks and refiners."""
 
     peft_lora_target_modules: Annotated[tuple[str, ...] | None, Opt(level="expert")] = None
-    """Names of the modules that get an adapter, in place of lora_targets."""
+    """Names of the modules that get an adapter, in place of lora_targets: a list, or a JSON file that holds one."""
 
     use_dora: Annotated[bool, Opt()] = False
     """Train the length of each weight row beside the low-rank update (DoRA). Closer to full training than a LoRA of
