@@ -1,8 +1,8 @@
 """The guides say what is true of the program: their links, commands, options, configurations and messages are checked.
 
 A fenced block says after its language what it is: `json config` is a configuration, `json datasets` a list of datasets,
-`json prompts` a prompt library, `json event` a line of the journal; `text` blocks are output. The two languages of a
-guide have the same outline, commands and configurations.
+`json prompts` a prompt library, `json lycoris` a LyCORIS configuration, `json event` a line of the journal; `text`
+blocks are output. The two languages of a guide have the same outline, commands and configurations.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from simpletuner.cli.main import COMMANDS
 from simpletuner.config.argv import parse_arguments
 from simpletuner.config.datasets import dataset_options
 from simpletuner.config.load import load_run_config
+from simpletuner.config.lycoris import LYCORIS_KEYS, read_lycoris
 from simpletuner.config.names import meaning_of
 from simpletuner.config.root import options
 from simpletuner.config.search import example_names
@@ -205,6 +206,9 @@ def test_configurations_are_free_of_errors(page: Path, tmp_path: Path):
         elif block.info == "json prompts":
             prompts = json.loads(block.body)
             assert prompts and all(isinstance(prompt, str) and prompt for prompt in prompts.values())
+        elif block.info == "json lycoris":
+            (tmp_path / "lycoris_config.json").write_text(block.body, encoding="utf-8")
+            assert read_lycoris(tmp_path / "lycoris_config.json")
         elif block.info == "json event":
             event = event_types.from_json(json.loads(block.body))
             assert not isinstance(event, event_types.UnknownEvent)
@@ -234,6 +238,7 @@ def test_names_in_the_text_are_options_or_keys(page: Path):
     """A name with underscores in backquotes is an option, a key of a dataset, or one of the few others."""
     others = {"lora_rnk", "validation_images", "demo_dataset", "guidance_scale", "by_model", "load_lora_weights"}
     others |= {field.name for event in event_types.EVENTS.values() for field in fields(event)}
+    others |= {"dora_scale", *LYCORIS_KEYS}
     arguments = {argument.name for row in OPTIMIZERS.values() for argument in row.arguments}
     known = {*options(), *dataset_options("image"), *dataset_options("text_embeds"), *OPTIMIZERS, *arguments, *others}
     known |= {spelling for spelling, _ in OPTIMIZER_SPELLINGS}
@@ -347,7 +352,7 @@ def test_both_languages_have_the_same_outline(english: Path, spanish: Path):
 @each_pair
 def test_both_languages_have_the_same_commands_and_code(english: Path, spanish: Path):
     assert shell_lines(english) == shell_lines(spanish)
-    for kind in ("json config", "json datasets", "json prompts", "json event"):
+    for kind in ("json config", "json datasets", "json prompts", "json lycoris", "json event"):
         assert [json.loads(block.body) for block in blocks(english) if block.info == kind] == [
             json.loads(block.body) for block in blocks(spanish) if block.info == kind
         ]

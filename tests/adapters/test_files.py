@@ -277,7 +277,6 @@ def problem_of(error: pytest.ExceptionInfo[SimpletunerError]) -> str:
     [
         ({"lokr_w1": (2, 2), "lokr_w2": (24, 24)}, "LoKr"),
         ({"hada_w1_a": (48, 2), "hada_w1_b": (2, 48), "hada_w2_a": (48, 2), "hada_w2_b": (2, 48)}, "LoHa"),
-        ({"lora_A.weight": (2, 48), "lora_B.weight": (48, 2), "dora_scale": (48, 1)}, "DoRA"),
         ({"oft_blocks": (2, 2)}, "OFT"),
         ({"diff": (48, 48)}, "full weights"),
         ({"something": (2, 2)}, "?"),

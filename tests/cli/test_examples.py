@@ -36,7 +36,9 @@ def test_a_copy_means_the_same_as_the_original(tmp_path, capsys, name, where):
     assert copied.datasets.images == original.datasets.images
     library = copied.config.validation.user_prompt_library
     assert library == str(tmp_path / folder / "user_prompt_library.json"), "an edit of the copy would have no effect"
-    own = {"data_backend_config", "user_prompt_library"}
+    own = {"data_backend_config", "user_prompt_library", "lycoris_config"}
+    lycoris = copied.config.adapter.lycoris_config
+    assert lycoris in (None, str(tmp_path / folder / "lycoris_config.json"))
     values = {
         key: value for key in copied.origins if key not in own and (value := copied.config.option(key)) is not None
     }

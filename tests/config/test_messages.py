@@ -27,11 +27,11 @@ BROKEN_JSON = {
 OPTIONS = {
     "E-KEY-MISSPELT": ({"lora_rnk": 4}, ["lora_rnk", "lora_rank"]),
     "E-KEY-UNKNOWN": ({"zzz": 4}, ["zzz", "--help-all"]),
-    "E-NOT-YET": ({"use_dora": True}, ["use_dora = true"]),
+    "E-NOT-YET": ({"slider_lora_target": True}, ["slider_lora_target = true"]),
     "W-NOT-YET-MEMORY": ({"fsdp_enable": True, "deepspeed_config": "zero2"}, ["fsdp_enable, deepspeed_config"]),
     "W-NOT-YET-SPEED": ({"fuse_qkv_projections": True}, ["fuse_qkv_projections"]),
     "W-NOT-YET-OTHER": ({"print_filenames": "true"}, ["print_filenames"]),
-    "E-VALUE-NOT-YET": ({"lora_type": "lycoris"}, ["lora_type = lycoris", "standard"]),
+    "E-VALUE-NOT-YET": ({"num_processes": 2}, ["num_processes = 2", "1"]),
     "E-PRECISION-COARSE": ({"base_model_precision": "int2-quanto"}, ["int2-quanto", "nf4-bnb"]),
     "E-PRECISION-FORMAT": ({"base_model_precision": "fp8-native"}, ["fp8-native", "fp8wo-torchao"]),
     "E-PRECISION-GRADIENTS": ({"base_model_precision": "int8dq-torchao"}, ["int8dq-torchao", "int8-torchao"]),

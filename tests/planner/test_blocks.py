@@ -7,6 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from simpletuner.adapters.lora import LoraSettings, apply_lora, trainable_parameters
+from simpletuner.adapters.lycoris import apply_lycoris
+from simpletuner.catalog.lycoris import LycorisSettings, Update
 from simpletuner.catalog.modules import LORA_TARGETS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.memory.checkpointing import apply_checkpointing
@@ -21,6 +23,13 @@ from simpletuner.quant.build import quantiser
 
 SIZES = {"dim": 256, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 4, "cap_feat_dim": 64}
 LORA = {"rank": 16, "targets": LORA_TARGETS["attention+mlp"]}
+LYCORIS = {
+    name: LycorisSettings(update=update, excluded=("*_refiner.*",), wildcards=True)
+    for name, update in {
+        "lokr": Update(algo="lokr", dim=10000, factor=8, full_matrix=True),
+        "loha": Update(algo="loha", dim=8),
+    }.items()
+}
 
 
 def peak_of_a_step(model: ZImageTransformer, side: int, captions: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -67,6 +76,12 @@ def peak_of_a_step(model: ZImageTransformer, side: int, captions: tuple[int, ...
         {"every": 1, "product": True},
         {"every": 2, "product": True, "dtype": torch.bfloat16},
         {"dropout": 0.1},
+        {"dora": True},
+        {"dora": True, "every": 1},
+        {"lycoris": "lokr"},
+        {"lycoris": "lokr", "every": 1},
+        {"lycoris": "lokr", "dtype": torch.bfloat16},
+        {"lycoris": "loha", "every": 1},
     ],
     ids=str,
 )
@@ -78,8 +93,11 @@ def test_the_peak_of_a_step(case):
     make = quantiser(precision, dtype)
     for name in quantisable_layers(model) if make is not None else ():
         place_module_(model, name, make(model.get_submodule(name).weight.detach()))
-    settings = LoraSettings(rank=rank, alpha=rank, targets=targets, dropout=case.get("dropout", 0.0))
-    report = apply_lora(model, settings)
+    settings = LoraSettings(
+        rank=rank, alpha=rank, targets=targets, dropout=case.get("dropout", 0.0), dora="dora" in case
+    )
+    lycoris = LYCORIS[case["lycoris"]] if "lycoris" in case else None
+    report = apply_lora(model, settings) if lycoris is None else apply_lycoris(model, lycoris, seed=1)
     if every:
         apply_checkpointing(model.layers, every=every, product=LAST_PRODUCT if "product" in case else None)
     model.train()
@@ -89,7 +107,7 @@ def test_the_peak_of_a_step(case):
         weight_bytes=dtype.itemsize,
         compute_bytes=dtype.itemsize,
         precision=PRECISIONS[precision],
-        adapter=Adapter(rank=rank, targets=targets, dropout="dropout" in case),
+        adapter=Adapter(rank=rank, targets=targets, dropout="dropout" in case, lycoris=lycoris, dora="dora" in case),
         train=Picture(width_px=side * 8, height_px=side * 8, count=len(captions), caption_tokens=max(captions)),
         is_mixed=len(set(captions)) > 1,
         checkpointing=bool(every),
@@ -98,3 +116,32 @@ def test_the_peak_of_a_step(case):
     )
     assert adapter_params(plan, plan.adapter) == report.num_params
     assert step_height(plan).total == pytest.approx(peak_of_a_step(model, side, captions, dtype), rel=0.08)
+
+
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("releases", [False, True])
+def test_the_peak_of_a_step_that_trains_everything(every, releases):
+    """The refiners' activations, small beside the gradients, are not counted."""
+    model = ZImageTransformer(ZImageTransformerConfig(**SIZES, axes_dims=(16, 24, 24)))
+    if every:
+        for stack in (model.noise_refiner, model.layers):
+            apply_checkpointing(stack, every=every, ends_pass=stack is model.layers)
+    if releases:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    plan = PlanInput(
+        sizes=ModelSizes(transformer=TransformerSizes(**SIZES)),
+        device="cpu",
+        weight_bytes=4,
+        compute_bytes=4,
+        adapter=Adapter(rank=0, targets=("*",), whole=True),
+        train=Picture(width_px=256, height_px=256, count=1, caption_tokens=32),
+        checkpointing=bool(every),
+        interval=every or 1,
+        releases=releases,
+    )
+    assert adapter_params(plan, plan.adapter) == model.num_params
+    height = step_height(plan)
+    assert height.total == pytest.approx(peak_of_a_step(model, 32, (32,), torch.float32), rel=0.2)
+    if not releases:
+        assert height.gradients == 4 * model.num_params

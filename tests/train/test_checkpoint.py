@@ -9,17 +9,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo
+from simpletuner.adapters import files
+from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save_lora
 from simpletuner.data.records import PlanParts
 from simpletuner.events.oserrors import FileSystemError
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import ConfigError, Severity
 from simpletuner.train import checkpoint as checkpoints
 from simpletuner.train.checkpoint import (
-    EMA_LORA_FILE_NAME,
-    Averaged,
     delete_old_checkpoints,
-    load_adapter,
     load_average,
     load_optimizer_state,
     save_checkpoint,
@@ -39,16 +37,22 @@ RECIPE = Recipe(
 )
 
 
-def save(folder, step, *, value=1.0, averaged=None):
+def save(folder, step, *, value=1.0, average=None):
     adapter = {
         "layers.0.to_q.lora_A.weight": torch.full((4, 8), value),
         "layers.0.to_q.lora_B.weight": torch.ones(8, 4),
     }
     state = {"state": {0: {"exp_avg": torch.full((4, 8), value)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     info = LoraInfo(rank=4, alpha=4.0)
-    return save_checkpoint(
-        folder, step=step, recipe=RECIPE, adapter=adapter, info=info, optimizer_state=state, averaged=averaged
-    )
+
+    def write(building):
+        save_lora(building / LORA_FILE_NAME, adapter, info)
+
+    return save_checkpoint(folder, step=step, recipe=RECIPE, write=write, optimizer_state=state, average=average)
+
+
+def load_adapter(checkpoint):
+    return load_lora(checkpoint.path / LORA_FILE_NAME).tensors
 
 
 def test_what_explains_a_plan_is_saved_and_checkpoints_without_it_are_read(tmp_path):
@@ -98,14 +102,14 @@ def test_checkpoints_sort_by_number_and_only_the_newest_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
 
 
-@pytest.mark.parametrize("fails_at", ["save_lora", "_flush"])
+@pytest.mark.parametrize("fails_at", ["_write", "_flush"])
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, fails_at):
     save(tmp_path, 3, value=1.0)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, fails_at, full)
+    monkeypatch.setattr(files if fails_at == "_write" else checkpoints, fails_at, full)
     with pytest.raises(FileSystemError) as caught:
         save(tmp_path, 3, value=2.0)
     assert caught.value.problems[0].code == "E-DISK-FULL"
@@ -170,18 +174,16 @@ def test_other_noise_levels_warn_by_the_options_name(tmp_path):
     assert recipe_problems(save(tmp_path, 6), now) == [], "an earlier version did not say"
 
 
-def test_an_average_is_saved_as_an_adapter_and_as_it_goes_on(tmp_path):
-    tensors = {"layers.0.to_q.lora_A.weight": torch.ones(4, 8), "layers.0.to_q.lora_B.weight": torch.ones(8, 4)}
+def test_an_average_is_saved_as_it_goes_on(tmp_path):
     state = {"num_steps": 7, "average": [torch.rand(4, 8), torch.rand(8, 4)]}
     plain = save(tmp_path, 5)
     assert load_average(plain) is None
-    averaged = save(tmp_path, 6, averaged=Averaged(adapter=tensors, state=state))
+    averaged = save(tmp_path, 6, average=state)
     found = load_average(averaged)
     assert found["num_steps"] == 7
     assert all(torch.equal(a, b) for a, b in zip(found["average"], state["average"], strict=True))
     assert set(json.loads((averaged.path / "training_state.json").read_text())["files"]) == {
         LORA_FILE_NAME,
-        EMA_LORA_FILE_NAME,
         "ema.pt",
         "optimizer.pt",
     }

@@ -28,6 +28,9 @@ from simpletuner.problems import ModelError, Problem
 LORA_FILE_NAME = "pytorch_lora_weights.safetensors"
 DEFAULT_LAYOUT = "comfyui"
 
+MAGNITUDE = "lora_magnitude_vector"
+"""Ending of the keys of a DoRA's row lengths [out], in `lora.adapter_state`."""
+
 _OWN_METADATA = "simpletuner"
 _NUM_NAMED = 3
 
@@ -75,6 +78,7 @@ def save_lora(path: Path, tensors: Mapping[str, Tensor], info: LoraInfo, *, layo
             down=tensors[key],
             up=tensors[key.removesuffix(Part.DOWN.value) + Part.UP.value],
             alpha=info.alpha,
+            magnitude=tensors.get(key.removesuffix(Part.DOWN.value) + MAGNITUDE),
         )
         for key in downs
     }
@@ -93,17 +97,18 @@ def load_lora(path: Path, module_names: Sequence[str] = ()) -> LoraFile:
     """
     tensors, metadata = read_safetensors(path)
     adapter = split(parse_adapter(tensors, metadata, path=str(path), known=module_names or None))
-    pairs = {name: w for name, w in adapter.modules.items() if isinstance(w, LoraWeights) and w.magnitude is None}
+    pairs = {name: w for name, w in adapter.modules.items() if isinstance(w, LoraWeights)}
     others = [name for name in adapter.modules if name not in pairs]
     if others:
-        first = adapter.modules[others[0]]
-        kind = "DoRA" if isinstance(first, LoraWeights) else first.kind
+        kind = adapter.modules[others[0]].kind
         params = {"path": str(path), "kind": kind, "keys": ", ".join(others[:_NUM_NAMED])}
         raise ModelError(Problem(code="E-LORA-KIND", params=params))
     state = {}
     for module, pair in pairs.items():
         state[f"{module}.{Part.DOWN.value}"] = pair.down
         state[f"{module}.{Part.UP.value}"] = pair.up
+        if pair.magnitude is not None:
+            state[f"{module}.{MAGNITUDE}"] = pair.magnitude
     scales = {module: pair.scale for module, pair in pairs.items()}
     return LoraFile(tensors=state, scales=scales, info=_info(pairs, metadata))
 

@@ -30,23 +30,98 @@ class FrozenBase(Protocol):
         """W^T x [R, I] of rows [R, O], in their dtype; a new tensor."""
 
 
-class LoraLinear(nn.Module):
-    """`base_layer` with adapters around it; those in `active` act, each `strengths[name]` times its trained scale.
+@runtime_checkable
+class Unpackable(Protocol):
+    """A base layer whose weight is not a plain tensor."""
 
-    `scales` are alpha / rank. `dropouts` zero a share of an adapter's input while training.
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight as numbers [O, I]."""
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer with adapters around it; those in `active` act, each `strengths[name]` times its trained scale.
+
+    `scales` are the adapters' own, as alpha / rank.
     """
 
-    def __init__(self, base_layer: nn.Linear) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._base_multiplies_itself = isinstance(base_layer, FrozenBase)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.scales: dict[str, float] = {}
         self.strengths: dict[str, float] = {}
-        self.dropouts: dict[str, float] = {}
         self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        return cast("Tensor", self.base_layer.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        if isinstance(self.base_layer, (FrozenBase, AdaptedLinear)):
+            return self.base_layer.device
+        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
+        return tensors[0].device
+
+    @property
+    def bias(self) -> Tensor | None:
+        return cast("Tensor | None", self.base_layer.bias)
+
+    @property
+    def in_features(self) -> int:
+        return cast("int", self.base_layer.in_features)
+
+    @property
+    def out_features(self) -> int:
+        return cast("int", self.base_layer.out_features)
+
+
+def base_weight(layer: nn.Module) -> Tensor:
+    """The float32 weight [O, I] of the linear layer inside any adapters; perhaps the layer's own tensor."""
+    while isinstance(layer, AdaptedLinear):
+        layer = layer.base_layer
+    if isinstance(layer, Unpackable):
+        return layer.unpacked(torch.float32)
+    weight = cast("Any", layer.weight).detach()
+    return cast("Tensor", weight.dequantize() if hasattr(weight, "qtype") else weight).float()
+
+
+def is_frozen_product(base: nn.Module) -> bool:
+    """Whether the layer's product can be taken without a graph: plain and frozen, or one that multiplies itself."""
+    return isinstance(base, FrozenBase) or (type(base) is nn.Linear and not base.weight.requires_grad)
+
+
+class Magnitude(nn.Module):
+    """DoRA's trained length of each row of W + B A, with the lengths of the base weight's rows."""
+
+    def __init__(self, base_lengths_O: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(base_lengths_O.to(dtype, copy=True))
+        self.register_buffer("base_squares", base_lengths_O.float().square(), persistent=False)
+
+    def lengths(self, product_RO: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """Lengths of the rows of W + scale B A, [O], from `product_RO` = A W^T: W itself is not needed."""
+        inner = up.float() @ (down.float() @ down.float().t())
+        squares = cast("Tensor", self.base_squares) + 2 * scale * (product_RO.t().float() * up).sum(dim=1)
+        return (squares + scale**2 * (inner * up).sum(dim=1)).clamp(min=1e-12).sqrt()
+
+
+class LoraLinear(AdaptedLinear):
+    """With low-rank adapters. `dropouts` zero a share of an adapter's input while training.
+
+    `starts` are pairs that are subtracted from adapters of the same name: what they began with, so that the layer
+    begins as its base. An adapter with a magnitude is a DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self._base_multiplies_itself = isinstance(base_layer, FrozenBase)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.dropouts: dict[str, float] = {}
+        self.starts: dict[str, tuple[str, str]] = {}  # names of buffers
 
     def add_adapter(self, name: str, *, down: Tensor, up: Tensor, scale: float, dropout: float = 0.0) -> None:
         """Add and activate A = `down` [rank, in] and B = `up` [out, rank]; both become trained parameters."""
@@ -57,25 +132,39 @@ class LoraLinear(nn.Module):
         self.scales[name], self.strengths[name], self.dropouts[name] = scale, 1.0, dropout
         self.active = (*self.active, name)
 
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
+    def subtract_start(self, name: str) -> None:
+        """From now on count only what is learnt beside the present values of adapter `name`."""
+        self.starts[name] = (f"start_A_{name}", f"start_B_{name}")
+        for buffer, weight in zip(self.starts[name], self.pair(name), strict=True):
+            self.register_buffer(buffer, weight.detach().clone(), persistent=False)
 
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        if isinstance(self.base_layer, FrozenBase):
-            return self.base_layer.device
-        tensors = (*self.base_layer.parameters(), *self.base_layer.buffers())
-        return tensors[0].device
+    def start(self, name: str) -> tuple[Tensor, Tensor]:
+        """The pair that is subtracted from adapter `name`."""
+        down, up = self.starts[name]
+        return self.get_buffer(down), self.get_buffer(up)
 
-    @property
-    def in_features(self) -> int:
-        return self.base_layer.in_features
+    def add_magnitude(self, name: str) -> None:
+        """Make adapter `name`, which changes nothing yet, a DoRA."""
+        lengths = base_weight(self).norm(dim=1)
+        down, _ = self.pair(name)
+        self.lora_magnitude_vector[name] = Magnitude(lengths.to(down.device), down.dtype)
 
-    @property
-    def out_features(self) -> int:
-        return self.base_layer.out_features
+    def magnitude(self, name: str) -> Tensor:
+        """The trained lengths of a DoRA, [O]."""
+        return cast("Magnitude", self.lora_magnitude_vector[name]).weight
+
+    @torch.no_grad()
+    def set_magnitude_(self, name: str, lengths_O: Tensor | None) -> None:
+        """Set the lengths of a DoRA; None: to those of W + B A, so that the length changes nothing."""
+        magnitude = cast("Magnitude", self.lora_magnitude_vector[name])
+        if lengths_O is None:
+            down, up = self.pair(name)
+            lengths_O = magnitude.lengths(self._product(down.to(self._dtype_of_base())), down, up, self.scales[name])
+        magnitude.weight.copy_(lengths_O)
+
+    def _dtype_of_base(self) -> torch.dtype:
+        weight = None if isinstance(self.base_layer, Unpackable) else self.weight
+        return torch.float32 if weight is None or not weight.is_floating_point() else weight.dtype
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] of an adapter."""
@@ -94,6 +183,12 @@ class LoraLinear(nn.Module):
             return cast("Tensor", base(x))
         scales = tuple(self.scales[name] * self.strengths[name] for name in self.active)
         pairs = [self.pair(name) for name in self.active]
+        if self.lora_magnitude_vector:
+            return self._dora_forward(x, scales, pairs)
+        if self.starts:
+            begun = [name for name in self.active if name in self.starts]
+            scales += tuple(-self.scales[name] * self.strengths[name] for name in begun)
+            pairs += [self.start(name) for name in begun]
         drops = self.training and any(self.dropouts[name] > 0 for name in self.active)
         is_plain = type(base) is nn.Linear and not base.weight.requires_grad
         if drops or not (is_plain or self._base_multiplies_itself):
@@ -106,10 +201,38 @@ class LoraLinear(nn.Module):
     def _general_forward(self, x: Tensor, scales: tuple[float, ...], pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         """With dropout, or around a base that is trained or of a library's own: the formula, left to autograd."""
         out = self.base_layer(x)
-        for name, scale, (down, up) in zip(self.active, scales, pairs, strict=True):
-            inner = F.linear(F.dropout(x, self.dropouts[name], self.training), down.to(x.dtype))
+        starts = [name for name in self.active if name in self.starts]
+        rates = [*(self.dropouts[name] for name in self.active), *(0.0 for _ in starts)]
+        for rate, scale, (down, up) in zip(rates, scales, pairs, strict=True):
+            inner = F.linear(F.dropout(x, rate, self.training), down.to(x.dtype))
             out = out + F.linear(inner, up.to(inner.dtype)) * scale
         return cast("Tensor", out)
+
+    def _dora_forward(self, x: Tensor, scales: tuple[float, ...], pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Left to autograd. As in the paper's section 4.3, lengths count as constants in backward."""
+        base = out = cast("Tensor", self.base_layer(x))
+        straight = base if self.bias is None else base - self.bias.to(base.dtype)
+        for name, scale, (down, up) in zip(self.active, scales, pairs, strict=True):
+            dropped = F.dropout(x, self.dropouts[name], self.training)
+            added = F.linear(F.linear(dropped, down.to(x.dtype)), up.to(x.dtype))
+            if name not in self.lora_magnitude_vector:
+                out = out + added * scale
+                continue
+            magnitude = cast("Magnitude", self.lora_magnitude_vector[name])
+            trained, strength = self.scales[name], self.strengths[name]
+            with torch.no_grad():
+                product = self._product(down.to(base.dtype))
+                lengths = magnitude.lengths(product, down, up, trained)
+            ratio = (magnitude.weight / lengths).to(base.dtype)
+            if self.dropouts[name] > 0 and self.training:
+                straight = self._product(dropped)
+            out = out + strength * ((ratio - 1) * straight + (ratio * trained) * added)
+        return out
+
+    def _product(self, x: Tensor) -> Tensor:
+        """W x without the bias."""
+        out = cast("Tensor", self.base_layer(x))
+        return out if self.bias is None else out - self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: rank {self.pair(name)[0].shape[0]}" for name in self.scales)
@@ -135,7 +258,7 @@ class _LowRankLinear(torch.autograd.Function):
         (out,) = known  # in a tuple: autograd would return an argument as a copy
         with torch.autocast(x.device.type, enabled=False):
             if out is None:
-                out = _multiply(base, rows)
+                out = multiply(base, rows)
             for down, up, scale in zip(pairs[::2], pairs[1::2], scales, strict=True):
                 inner = rows @ down.to(dtype).t()
                 if known[0] is None:
@@ -156,7 +279,7 @@ class _LowRankLinear(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * (2 * count)
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                x_gradient = _multiply_transposed(ctx.base, gradient)
+                x_gradient = multiply_transposed(ctx.base, gradient)
             for index, (down, up, inner, scale) in enumerate(zip(downs, ups, inners, ctx.scales, strict=True)):
                 inner_gradient = (gradient @ up.to(dtype)).mul_(scale)
                 if ctx.needs_input_grad[4 + 2 * index]:
@@ -168,13 +291,15 @@ class _LowRankLinear(torch.autograd.Function):
         return (None if x_gradient is None else x_gradient.view_as(x), None, None, None, *gradients)
 
 
-def _multiply(base: nn.Linear | FrozenBase, x_RI: Tensor) -> Tensor:
+def multiply(base: nn.Linear | FrozenBase, x_RI: Tensor) -> Tensor:
+    """W x + b [R, O] of a frozen layer, without a graph; a new tensor."""
     if type(base) is not nn.Linear:
         return cast("FrozenBase", base).multiply(x_RI)
     return F.linear(x_RI, base.weight.to(x_RI.dtype), None if base.bias is None else base.bias.to(x_RI.dtype))
 
 
-def _multiply_transposed(base: nn.Linear | FrozenBase, x_RO: Tensor) -> Tensor:
+def multiply_transposed(base: nn.Linear | FrozenBase, x_RO: Tensor) -> Tensor:
+    """W^T x [R, I] of a frozen layer, without a graph; a new tensor."""
     if type(base) is not nn.Linear:
         return cast("FrozenBase", base).multiply_transposed(x_RO)
     return x_RO @ base.weight.to(x_RO.dtype)

@@ -14,10 +14,13 @@ from simpletuner.problems import ConfigError, Problem
 def linear_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the model's linear layers in its order; an adapted layer counts once, under its own name."""
     names: list[str] = []
-    for name, module in model.named_modules():
+    for name, outer in model.named_modules():
+        module = outer
         if names and name.startswith(names[-1] + "."):
             continue  # the inside of an adapted layer
-        if isinstance(getattr(module, "base_layer", module), nn.Linear):
+        while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+            module = inner
+        if isinstance(module, nn.Linear):
             names.append(name)
     return tuple(names)
 

@@ -331,3 +331,11 @@ OPTIMIZER_SPELLINGS = (
     ("adamw_fused", "adamw"),
     ("adamw_torchao", "adamw"),
 )
+
+MOVE_ALONE = frozenset(
+    name for name in OPTIMIZERS if name.startswith("torch-") or name in ("adamw", "adamw_bf16", "lion", "adafactor")
+)
+"""Those that move each parameter by its own gradient and state alone, and keep no count for all of them together."""
+
+ROUNDS_WELL = frozenset(name for name in OPTIMIZERS if name.startswith("optimi-") or name in ("adamw_bf16", "lion"))
+"""Those that lose no small change to the rounding of bfloat16 weights."""

@@ -32,18 +32,17 @@ class UpstreamOption:
 
 
 _RESULT_FLAGS = """
-    controlnet control use_dora slider_lora_target mixflow_enabled
+    controlnet control slider_lora_target mixflow_enabled
     train_text_encoder xm_enabled nextlat_enabled irepa_enabled crepa_enabled layersync_enabled
     internal_guidance_enabled twinflow_enabled diff2flow_enabled tread_enabled lr_scale lr_scale_sqrt
 """
 _RESULT_VALUES = """
-    peft_lora_mode=standard lora_init_type=default singlora_ramp_up_steps init_lokr_norm
-    distillation_method distillation_config tread_config
-    diffusion_blocks_config timestep_bias_strategy     prediction_type=flow_matching 
+    peft_lora_mode=standard singlora_ramp_up_steps distillation_method distillation_config tread_config
+    diffusion_blocks_config timestep_bias_strategy prediction_type=flow_matching
     qwen_text_encoder_model_name_or_path
 """
 _MEMORY_FLAGS = """
-    quantize_activations vae_enable_patch_conv offload_during_save optimizer_release_gradients
+    quantize_activations vae_enable_patch_conv offload_during_save
     optimizer_offload_gradients gradient_checkpointing_offload_attention gradient_checkpointing_offload_prefetch
     set_grads_to_none fsdp_enable fsdp_cpu_offload
 """
@@ -72,10 +71,8 @@ _OTHER_FLAGS = """
     fsdp_limit_all_gathers fsdp_activation_checkpointing use_soft_min_snr rescale_betas_zero_snr
 """
 _OTHER_VALUES = """
-    lycoris_config
-    init_lora_step init_lora_ema validation_lycoris_strength gradient_precision
-    masked_loss_probability=1,1.0 mixflow_gamma
-            snr_gamma snr_weight timestep_bias_begin timestep_bias_end
+    init_lora_step init_lora_ema gradient_precision masked_loss_probability=1,1.0 mixflow_gamma
+    snr_gamma snr_weight timestep_bias_begin timestep_bias_end
     timestep_bias_multiplier timestep_bias_portion sdnq_weights_dtype sdnq_quantized_matmul_dtype sdnq_group_size
     sdnq_use_quantized_matmul sdnq_compile_mode sdnq_use_hadamard sdnq_hadamard_group_size
     validation_preview_steps=1 validation_epoch_interval validate_after_step validate_after_epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ def derive(chosen: Settings, *, config_path: Path | None, cwd: Path) -> Derived:
     notices: list[Problem] = []
     for step in (_model_location, _flavour, _length, _schedule, _alpha):
         step(settings, notices)
+    _targets(settings, notices, cwd)
     _folders(settings, config_path, cwd)
     return Derived(settings=settings, notices=tuple(notices))
 
@@ -111,6 +113,26 @@ def _alpha(settings: dict[str, Setting], notices: list[Problem]) -> None:
         settings.setdefault("lora_alpha", Setting(key="lora_alpha", value=rank, origin=DEFAULT_ORIGIN))
 
 
+def _targets(settings: dict[str, Setting], notices: list[Problem], cwd: Path) -> None:
+    """A JSON file in place of the list that it holds."""
+    setting = settings.get("peft_lora_target_modules")
+    if setting is None or not isinstance(setting.value, tuple) or len(setting.value) != 1:
+        return
+    (written,) = setting.value
+    if not str(written).endswith(".json"):
+        return
+    path = Path(fill_path(str(written), cwd))
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        names = None
+    if isinstance(names, list) and names and all(isinstance(name, str) and name for name in names):
+        settings[setting.key] = replace(setting, value=tuple(names))
+    else:
+        params = {"path": written}
+        notices.append(_notice("E-LORA-TARGETS-FILE", setting, params, severity=Severity.ERROR))
+
+
 def _folders(settings: dict[str, Setting], config_path: Path | None, cwd: Path) -> None:
     def default(name: str, value: Callable[[], str]) -> None:
         if name not in settings:
@@ -120,6 +142,8 @@ def _folders(settings: dict[str, Setting], config_path: Path | None, cwd: Path) 
     default("cache_dir", lambda: f"{settings['output_dir'].value}/cache")
     beside = config_path.parent if config_path is not None else cwd / "config"
     default("data_backend_config", lambda: str(beside / "multidatabackend.json"))
+    if "lora_type" in settings and settings["lora_type"].value == "lycoris":
+        default("lycoris_config", lambda: str(beside / "lycoris_config.json"))
     for name, option in options().items():
         if option.opt.holds == "path" and name in settings:
             settings[name] = replace(settings[name], value=fill_path(str(settings[name].value), cwd))

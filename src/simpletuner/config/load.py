@@ -14,6 +14,7 @@ from simpletuner.config.datasets import DatasetsConfig
 from simpletuner.config.datasets_file import load_datasets
 from simpletuner.config.derive import Settings, derive
 from simpletuner.config.files import environment_settings, file_settings
+from simpletuner.config.lycoris_rules import full_without_regularisation
 from simpletuner.config.names import closest_option, meaning_of
 from simpletuner.config.paths import shown_path
 from simpletuner.config.root import Config, options, sections
@@ -71,6 +72,7 @@ def load_run_config(
     refused += beyond
     datasets = load_datasets(config, environ=environ, cwd=cwd, is_needed=needs_files)
     problems += (_with_origin(problem, origins) for problem in datasets.problems)
+    problems += full_without_regularisation(config, datasets.config, origins)
     refused += datasets.refused
     problems += refused if must_run else (replace(p, severity=Severity.WARNING) for p in refused)
     is_wrong = any(problem.severity is Severity.ERROR for problem in problems)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSITORY
 from simpletuner.config.flow_rules import FLOW_RULES
+from simpletuner.config.lycoris_rules import ADAPTER_RULES
 from simpletuner.config.offload_rules import OFFLOAD_RULES
 from simpletuner.config.optimizer_rules import OPTIMIZER_RULES
 from simpletuner.config.paths import is_file
@@ -32,7 +33,7 @@ def broken_rules(config: Config, origins: Origins, invalid: frozenset[str]) -> t
     for known in RULES:
         for problem in () if invalid & set(known.names) else known.problems(config, origins):
             name = problem.path[1:] if problem.path else known.names[0]
-            told = replace(problem, origin=place_of((name, *known.names), origins), path=f"/{name}")
+            told = replace(problem, origin=problem.origin or place_of((name, *known.names), origins), path=f"/{name}")
             found[known.is_limit and told.severity is Severity.ERROR].append(told)
     return found
 
@@ -230,20 +231,6 @@ def sizes_make_sense(c: Config, origins: Origins) -> Problem | None:
 # Limits of this version
 
 
-@limit("model_type")
-def full_training_is_not_there_yet(c: Config, origins: Origins) -> Problem | None:
-    if c.model.model_type == "lora":
-        return None
-    return _beyond("model_type", c.model.model_type, "lora")
-
-
-@limit("lora_type")
-def lycoris_is_not_there_yet(c: Config, origins: Origins) -> Problem | None:
-    if c.adapter.lora_type == "standard":
-        return None
-    return _beyond("lora_type", c.adapter.lora_type, "standard")
-
-
 @limit("num_processes")
 def one_process_only(c: Config, origins: Origins) -> Problem | None:
     return None if c.parallel.num_processes == 1 else _beyond("num_processes", c.parallel.num_processes, 1)
@@ -291,4 +278,4 @@ def _all_rules() -> Iterator[Rule]:
     yield from (value for value in list(globals().values()) if isinstance(value, Rule))
 
 
-RULES = (*_all_rules(), *OPTIMIZER_RULES, *PRECISION_RULES, *OFFLOAD_RULES, *FLOW_RULES)
+RULES = (*_all_rules(), *OPTIMIZER_RULES, *PRECISION_RULES, *OFFLOAD_RULES, *ADAPTER_RULES, *FLOW_RULES)

@@ -186,13 +186,15 @@ class Narrator:
     @_lines.register
     def _(self, event: t.AdapterCreated) -> list[Line]:
         values = {
+            "kind": event.kind,
             "rank": event.rank,
             "alpha": f"{event.alpha:g}",
             "params": formats.parameters(event.num_params, self._language),
             "modules": event.num_modules,
             "targets": ", ".join(dict.fromkeys(_last_name(target) for target in event.targets)),
         }
-        return [Line(text=text("console.adapter", self._language, **values))]
+        key = "console.adapter" if event.kind == "LoRA" else "console.adapter.other"
+        return [Line(text=text(key, self._language, **values))]
 
     @_lines.register
     def _(self, event: t.CheckpointSaved) -> list[Line]:

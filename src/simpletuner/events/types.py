@@ -214,6 +214,7 @@ class AdapterCreated(Event):
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    kind: str = "LoRA"
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -48,12 +48,14 @@ def apply_checkpointing(
     product: str | None = None,
     offload: bool = False,
     preserve_rng_state: bool = False,
+    ends_pass: bool = True,
 ) -> int:
     """Recompute every `every`-th block during backward, starting with the first. Returns how many.
 
     With 1, every block is recomputed: the least memory, at the price of one more forward. With n, one block in n is,
     and the others keep their activations: faster, for cards with memory to spare. The last block is never recomputed.
-    Its backward comes right after its forward, so its activations are there at the peak either way.
+    Its backward comes right after its forward, so its activations are there at the peak either way; unless
+    `ends_pass` is false, since much comes after these blocks.
 
     Args:
         blocks: run one after the other, each called with positional arguments and returning one tensor. `forward` is
@@ -63,7 +65,7 @@ def apply_checkpointing(
         preserve_rng_state: needed if a block draws random numbers (dropout); costs a copy of the generators' states.
     """
     assert every >= 1
-    chosen = range(0, len(blocks) - 1, every)
+    chosen = range(0, len(blocks) - ends_pass, every)
     _wrap(blocks, chosen, _Always(), product, HostInputs() if offload else None, preserve_rng_state)
     return len(chosen)
 

@@ -7,6 +7,7 @@ the states of neighbours lie end to end in one row ("bucket") and the arithmetic
 from __future__ import annotations
 
 import inspect
+import operator
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,6 +137,8 @@ class BucketedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[nn.Parameter], defaults: dict[str, Any], *, seed: int) -> None:
         self.seed = seed
         self._buckets: list[Bucket] = []
+        self._lone: dict[int, Bucket] = {}  # of `step_run`, by the place of their first parameter
+        self._places: dict[nn.Parameter, int] = {}
         self._lattices: dict[torch.device, Tensor] = {}
         self._scratch = Scratch()
         super().__init__(params, defaults)
@@ -165,19 +168,49 @@ class BucketedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, bucket in enumerate(self._current_buckets()):
-            bucket.step += 1
-            lattice = self._lattice(bucket.params)
-            self.update_(bucket, Dither(lattice, seed=self.seed, step=bucket.step, index=index))
-            for param in bucket.params:
-                self.state[param]["step"] = bucket.step
+        for bucket in self._current_buckets():
+            self._update_(bucket)
         return loss
+
+    def runs_of(self, params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """How `step` would bucket these, if they were the ones with gradients; in the optimizer's order."""
+        chosen = {id(param) for param in params}
+        return [
+            run
+            for group in self.param_groups
+            for run in self._runs([param for param in group["params"] if id(param) in chosen])
+        ]
+
+    @torch.no_grad()
+    def step_run(self, params: Sequence[nn.Parameter]) -> None:
+        """Update the parameters of one run alone, as `step` would."""
+        place = self._place(params[0])
+        bucket = self._lone.get(place)
+        if bucket is None or len(bucket.params) != len(params) or any(map(operator.is_not, bucket.params, params)):
+            (group,) = (group for group in self.param_groups if any(params[0] is p for p in group["params"]))
+            bucket = self._lone[place] = self._bucket(tuple(params), group)
+        self._update_(bucket)
+
+    def _update_(self, bucket: Bucket) -> None:
+        """The chance in it depends on where its first parameter is, not on which others have gradients."""
+        bucket.step += 1
+        lattice, place = self._lattice(bucket.params), self._place(bucket.params[0])
+        self.update_(bucket, Dither(lattice, seed=self.seed, step=bucket.step, index=place))
+        for param in bucket.params:
+            self.state[param]["step"] = bucket.step
+
+    def _place(self, param: nn.Parameter) -> int:
+        """Number of the parameter among all."""
+        if param not in self._places:
+            everything = (p for group in self.param_groups for p in group["params"])
+            self._places = {p: index for index, p in enumerate(everything)}
+        return self._places[param]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer`. That one casts states to the parameter's dtype, which widens ours; they are
         given their own dtype back, without loss."""
         self._load_state_dict(state_dict)
-        self._buckets = []
+        self._buckets, self._lone = [], {}
 
     def _current_buckets(self) -> list[Bucket]:
         """The buckets of the parameters that have gradients now; the last step's, if they are the same."""
@@ -196,10 +229,14 @@ class BucketedOptimizer(torch.optim.Optimizer):
         return lattice
 
     def _new_buckets(self, group: dict[str, Any]) -> Iterator[Bucket]:
-        params = [p for p in group["params"] if p.grad is not None]
-        keys: list[Hashable] = [(p.device, p.dtype, self.state[p].get("step", 0)) for p in params]
-        for members in _runs(params, keys):
+        for members in self._runs([p for p in group["params"] if p.grad is not None]):
             yield self._bucket(tuple(members), group)
+
+    def _runs(self, params: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+        keys: list[Hashable] = [
+            (p.device, p.dtype, self.state[p].get("step", 0) if p in self.state else 0) for p in params
+        ]
+        return _runs(params, keys)
 
     def _bucket(self, params: tuple[nn.Parameter, ...], group: dict[str, Any]) -> Bucket:
         """Move the states of `params` into new rows; what has no state yet starts at zero."""
@@ -215,6 +252,11 @@ class BucketedOptimizer(torch.optim.Optimizer):
         step = states[0].get("step", 0)
         scratch = self._scratch if params[0].device.type == "cpu" else None
         return Bucket(params=params, hyper=group, step=step, rows=rows, scratch=scratch)
+
+
+def is_long(param: Tensor) -> bool:
+    """Whether it is a run of its own, whatever its neighbours are."""
+    return param.numel() > (_MAX_BUCKET_CPU if param.device.type == "cpu" else _MAX_BUCKET_DEVICE)
 
 
 def _runs(params: Sequence[nn.Parameter], keys: Sequence[Hashable]) -> Iterator[list[nn.Parameter]]:

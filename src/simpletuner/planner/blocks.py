@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from simpletuner.catalog.lycoris import LycorisSettings, chosen_updates, kronecker_blocks, num_params
 from simpletuner.catalog.modules import is_target
 from simpletuner.planner.inputs import Adapter, PlanInput
 from simpletuner.planner.sizes import Linear
@@ -75,9 +76,15 @@ def largest_weight(plan: PlanInput) -> int:
 
 
 def adapter_params(plan: PlanInput, adapter: Adapter) -> int:
-    """Elements of a LoRA over the whole model."""
-    layers = (x for x in plan.sizes.transformer.linears() if _is_adapted(x.name, adapter))
-    return sum(adapter.rank * (layer.rows + layer.columns) for layer in layers)
+    """Elements of an adapter over the whole model."""
+    if adapter.whole:
+        return plan.sizes.transformer.num_params
+    linears = {layer.name: layer for layer in plan.sizes.transformer.linears()}
+    if adapter.lycoris is not None:
+        updates = chosen_updates(adapter.lycoris, linears)
+        return sum(num_params(update, linears[n].rows, linears[n].columns) for n, update in updates.items())
+    layers = (layer for layer in linears.values() if _is_adapted(layer.name, adapter))
+    return sum(adapter.rank * (layer.rows + layer.columns) + adapter.dora * layer.rows for layer in layers)
 
 
 def _stages(plan: PlanInput) -> Iterator[Stage]:
@@ -123,16 +130,39 @@ def _product(plan: PlanInput, layer: Linear, *, keeps_input: bool, gives: int, f
         works += _tokens(plan) * layer.rows * (_FLOAT32 + plan.compute_bytes * half)
     adapters = [x for x in (plan.adapter, plan.assistant) if x is not None and _is_adapted(layer.name, x)]
     for adapter in adapters:
+        if adapter.lycoris is not None:
+            kept, worked = _of_lycoris(plan, layer, adapter.lycoris)
+            keeps, works = keeps + kept, works + worked
+            continue
         keeps += _tokens(plan) * adapter.rank * plan.compute_bytes
         works += _tokens(plan) * adapter.rank * plan.compute_bytes
+        if adapter.dora:  # the base's product and the update's, whose lengths are trained
+            keeps += 2 * _tokens(plan) * layer.rows * plan.compute_bytes
+            works += 3 * _tokens(plan) * layer.rows * plan.compute_bytes
     if adapters and keeps_input:
         keeps += taken
-    if plan.adapter in adapters and plan.adapter.dropout:  # the mask and the input that it left
+    if plan.adapter in adapters and plan.adapter.dropout and plan.adapter.lycoris is None:
+        # The mask and the input that it left.
         keeps += _tokens(plan) * layer.columns + taken
     return Stage(name=layer.name, keeps=keeps, works=works, gives=gives, frees=frees)
 
 
+def _of_lycoris(plan: PlanInput, layer: Linear, settings: LycorisSettings) -> tuple[int, int]:
+    """Bytes that an update (keeps beside its input, needs in backward). LoKr keeps nothing; what
+    turns the layer's output keeps that, and LoHa makes matrices as large as the weight."""
+    (update,) = chosen_updates(settings, (layer.name,)).values()
+    row = _tokens(plan) * layer.rows * plan.compute_bytes
+    if update.algo == "lokr":
+        rows, columns = kronecker_blocks(update, layer.rows, layer.columns)
+        mixed = 2 * _tokens(plan) * layer.columns * plan.compute_bytes * rows // columns
+        return (2 * row if update.drops else 0), mixed
+    whole = 3 * layer.rows * layer.columns * plan.compute_bytes if update.algo == "loha" else 0
+    return (row if update.algo in ("ia3", "diag-oft", "boft") else 0), row + whole
+
+
 def _is_adapted(name: str, adapter: Adapter) -> bool:
+    if adapter.lycoris is not None:
+        return bool(chosen_updates(adapter.lycoris, (name,)))
     return any(is_target(name, target) for target in adapter.targets)
 
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from simpletuner.catalog.lycoris import LycorisSettings
 from simpletuner.catalog.modules import LORA_TARGETS
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.catalog.rollouts import mean_offset
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset
+from simpletuner.config.lycoris import read_lycoris
+from simpletuner.config.release import releases_gradients
 from simpletuner.config.root import Config
 from simpletuner.config.sections.memory import MemorySection
 from simpletuner.hardware.probe import device_type
 from simpletuner.hardware.space import GpuSpace, Space, gpu_memory, main_memory
 from simpletuner.planner.inputs import Adapter, DeviceKind, Offload, Picture, PlanInput
 from simpletuner.planner.sizes import ModelSizes, read_sizes
+from simpletuner.problems import ConfigError
 
 AUTO = 0  # of gradient_checkpointing_interval
 _CPUINFO = Path("/proc/cpuinfo")
@@ -78,10 +83,15 @@ def plan_input(
     """What a run of these options needs to be planned; `observed` replaces what is guessed about the data."""
     memory, adapter = config.memory, config.adapter
     weight_bytes, compute_bytes = _number_bytes(config, machine)
+    full = config.model.model_type == "full"
     lora = Adapter(
-        rank=adapter.lora_rank,
-        targets=adapter.peft_lora_target_modules or LORA_TARGETS[adapter.lora_targets],
-        dropout=adapter.lora_dropout > 0,
+        rank=0 if full else adapter.lora_rank,
+        targets=("*",) if full else adapter.peft_lora_target_modules or LORA_TARGETS[adapter.lora_targets],
+        weight_bytes=weight_bytes if full else 4,
+        dropout=adapter.lora_dropout > 0 and not full,
+        dora=adapter.use_dora and not full,
+        whole=full,
+        lycoris=_lycoris(config),
     )
     seen = observed or _guessed(config, datasets)
     optimizer = OPTIMIZERS.get(config.optimizer.optimizer)
@@ -100,6 +110,7 @@ def plan_input(
         train=seen.picture,
         is_mixed=seen.is_mixed,
         accumulation=config.optimizer.gradient_accumulation_steps,
+        releases=releases_gradients(config),
         checkpointing=memory.gradient_checkpointing,
         interval=memory.gradient_checkpointing_interval or 1,  # auto: at least what full recomputation needs
         keep_bytes=_kept_activations(config),
@@ -237,6 +248,16 @@ def _vae_bytes(config: Config, machine: Machine) -> int:
 def read_tile(config: Config) -> int | None:
     """Side of the VAE's tiles in px, if it works in tiles."""
     return model_sizes(config).vae.sample_size if config.memory.vae_enable_tiling else None
+
+
+def _lycoris(config: Config) -> LycorisSettings | None:
+    """The adapter's settings. The configuration is refused elsewhere where they cannot be read."""
+    is_lycoris = config.model.model_type == "lora" and config.adapter.lora_type == "lycoris"
+    if not is_lycoris or config.adapter.lycoris_config is None:
+        return None
+    with suppress(ConfigError):
+        return read_lycoris(Path(config.adapter.lycoris_config))
+    return None
 
 
 def _assistant(config: Config, weight_bytes: int) -> Adapter | None:

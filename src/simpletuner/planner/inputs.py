@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from simpletuner.catalog.lycoris import LycorisSettings
 from simpletuner.catalog.precisions import PRECISIONS, Precision
 from simpletuner.planner.sizes import ModelSizes
 
@@ -16,12 +17,16 @@ DeviceKind = Literal["cpu", "cuda", "mps"]
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A LoRA: its rank and the patterns of what it adapts. `weight_bytes` of one element."""
+    """A LoRA: its rank and the patterns of what it adapts; or what `lycoris` says; or, with `whole`, all weights of the
+    model, in place of an adapter. `weight_bytes` of one element."""
 
     rank: int
     targets: tuple[str, ...]
     weight_bytes: int = 4
     dropout: bool = False
+    dora: bool = False
+    whole: bool = False
+    lycoris: LycorisSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +71,9 @@ class PlanInput:
     weight_bytes: of one element of the base that is not quantised. compute_bytes: of one activation. vae_bytes: of
     one element of the VAE. state_bytes: what the optimizer keeps per trained element. updates_in_rows: of some
     parameters at a time; otherwise an update makes a float32 copy of all that is trained. train: the largest batch.
-    is_mixed: the captions of a batch may have different lengths. num_contexts: captions that are kept refined.
-    validation: the largest call that makes images, None without any. vae_batch: images decoded ahead of the VAE.
+    releases: gradients are used and freed one after the other. is_mixed: the captions of a batch may have different
+    lengths. num_contexts: captions that are kept refined. validation: the largest call that makes images, None without
+    any. vae_batch: images decoded ahead of the VAE.
     interval: one block in so many is recomputed. keep_bytes: what activations may take where the number of recomputed
     blocks follows from that; None: it follows from `interval`. keeps_product: recomputed blocks keep the output of
     their last linear layer beside their input. inputs_on_host: those of recomputed blocks wait in main
@@ -89,6 +95,7 @@ class PlanInput:
     train: Picture
     is_mixed: bool = False
     accumulation: int = 1
+    releases: bool = False
     checkpointing: bool = True
     interval: int = 1
     keep_bytes: int | None = None

@@ -150,6 +150,8 @@ def step_height(plan: PlanInput) -> _Height:
     block, count = block_memory(plan), plan.sizes.transformer.n_layers
     params = adapter_params(plan, plan.adapter)
     gradients = params * plan.adapter.weight_bytes
+    if plan.releases:
+        gradients = min(gradients, _block_gradients(plan))
     buckets = min(params, _BUCKET_ELEMENTS.get(plan.device, _DEVICE_BUCKET_ELEMENTS))
     working = buckets * _BUCKET_COPIES if plan.updates_in_rows else params
     update = _Height(activations=0, working=working * _FLOAT32, gradients=gradients)
@@ -157,12 +159,20 @@ def step_height(plan: PlanInput) -> _Height:
     before = 0
     entry = (0 if plan.inputs_on_host else block.entry) + (block.product if plan.keeps_product else 0)
     for index in range(count):
-        later = gradients if plan.accumulation > 1 else gradients * (count - 1 - index) // count
+        later = gradients if plan.accumulation > 1 or plan.releases else gradients * (count - 1 - index) // count
         heights.append(_backward(plan, block, index, before, later))
         before += entry if _is_recomputed(plan, index) else block.kept
         if plan.keep_bytes is not None and plan.checkpointing:
             before = max(before, min(plan.keep_bytes, (index + 1) * block.kept))
     return max(heights, key=lambda height: height.total)
+
+
+def _block_gradients(plan: PlanInput) -> int:
+    """Bytes of gradients that are freed when they were used. A recomputed block hands on those of all its weights
+    together: half of them are there when its activations are at their height."""
+    layers = plan.sizes.transformer.block_linears("layers.0", modulated=True)
+    params = [layer.rows * layer.columns for layer in layers]
+    return (max(sum(params) // 2, max(params)) if plan.checkpointing else max(params)) * plan.adapter.weight_bytes
 
 
 def _backward(plan: PlanInput, block: BlockMemory, index: int, before: int, gradients: int) -> _Height:
@@ -284,7 +294,7 @@ def decode_bytes(plan: PlanInput, picture: Picture) -> int:
 
 
 def _adapter_bytes(plan: PlanInput) -> int:
-    adapters = [plan.adapter, *([plan.assistant] if plan.assistant else [])]
+    adapters = [adapter for adapter in (plan.adapter, plan.assistant) if adapter is not None and not adapter.whole]
     return sum(adapter_params(plan, adapter) * adapter.weight_bytes for adapter in adapters)
 
 

@@ -50,8 +50,20 @@ def plan_key(plan: PlanInput, device: str) -> str:
 
 
 def plan_kin(plan: PlanInput, device: str) -> str:
-    """Equal for configurations that one measurement says something about: same model, formats and checkpointing."""
-    facts = (plan.sizes, plan.precision, plan.weight_bytes, plan.compute_bytes, plan.checkpointing, plan.offload)
+    """Equal for configurations that one measurement says something about: same model, formats, checkpointing and kind
+    of trained weights."""
+    facts: tuple[object, ...] = (
+        plan.sizes,
+        plan.precision,
+        plan.weight_bytes,
+        plan.compute_bytes,
+        plan.checkpointing,
+        plan.offload,
+    )
+    adapter = plan.adapter
+    if adapter.whole or adapter.dora or adapter.lycoris is not None:
+        algos = () if adapter.lycoris is None else sorted({update.algo for update in adapter.lycoris.updates})
+        facts += ((adapter.whole, adapter.dora, *algos),)
     return _digest(repr(facts), device)
 
 

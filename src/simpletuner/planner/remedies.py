@@ -48,11 +48,12 @@ def _changes(plan: PlanInput) -> Iterator[tuple[Fix, PlanInput]]:
         yield Fix(key="gradient_checkpointing_keep", value="input"), replace(plan, keeps_product=False)
     if plan.checkpointing and plan.device == "cuda" and not plan.inputs_on_host:
         yield Fix(key="gradient_checkpointing_offload", value=True), replace(plan, inputs_on_host=True)
-    for name in smaller_formats(plan.precision.bits):
+    for name in () if plan.adapter.whole else smaller_formats(plan.precision.bits):
         yield Fix(key="base_model_precision", value=name), replace(plan, precision=PRECISIONS[name])
     for name in smaller_formats(plan.text_precision.bits):
         yield Fix(key="text_encoder_precision", value=name), replace(plan, text_precision=PRECISIONS[name])
-    if _STREAMING in options() and not plan.offload.blocks and plan.device != "cpu" and plan.precision.offloadable:
+    can_stream = _STREAMING in options() and not plan.adapter.whole
+    if can_stream and not plan.offload.blocks and plan.device != "cpu" and plan.precision.offloadable:
         blocks = plan.sizes.transformer.n_layers + 2 * plan.sizes.transformer.n_refiner_layers
         yield Fix(key=_STREAMING, value=True), replace(plan, offload=Offload(blocks=blocks, overlap=True))
     if plan.train.count > 1:
@@ -66,7 +67,7 @@ def _changes(plan: PlanInput) -> Iterator[tuple[Fix, PlanInput]]:
         if edge_px is not None:
             image = replace(plan.validation, width_px=edge_px, height_px=edge_px, count=1)
             yield Fix(key="validation_resolution", value=f"{edge_px}x{edge_px}"), replace(plan, validation=image)
-    if plan.adapter.rank > 8:
+    if plan.adapter.rank > 8 and plan.adapter.lycoris is None and not plan.adapter.whole:
         rank = max(plan.adapter.rank // 2, 8)
         yield Fix(key="lora_rank", value=rank), replace(plan, adapter=replace(plan.adapter, rank=rank))
 

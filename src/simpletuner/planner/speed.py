@@ -27,9 +27,12 @@ def step_flops(plan: PlanInput) -> StepFlops:
     prefix = sum(_block_flops(plan, picture.image_tokens)) * sizes.n_refiner_layers
     ends = 2 * picture.image_tokens * 64 * sizes.dim * 2
     num_again = len(range(0, sizes.n_layers - 1, plan.interval)) if plan.checkpointing else 0
-    lora = 2 * picture.tokens * adapter_params(plan, plan.adapter)
+    whole = plan.adapter.whole
+    lora = 0 if whole else 2 * picture.tokens * adapter_params(plan, plan.adapter)
     forward = sizes.n_layers * (linear + attention) + prefix + ends + lora
     backward = sizes.n_layers * (linear + _ATTENTION_BACKWARD * attention) + ends + 2 * lora
+    if whole:  # the weights' own gradients, and those of the refiners
+        backward += sizes.n_layers * linear + 2 * prefix + ends
     again = linear + attention - (_last_product_flops(plan, picture.tokens) if plan.keeps_product else 0.0)
     step = forward * (1 + plan.extra_forwards) + backward + num_again * again
     return StepFlops(forward=picture.count * forward, step=picture.count * step)

@@ -12,32 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.adapters.assistant import ASSISTANT_NAME, activate_with_assistant_, attach_assistant
-from simpletuner.adapters.files import LoraInfo, load_lora
-from simpletuner.adapters.lora import (
-    LoraReport,
-    LoraSettings,
-    adapter_state,
-    apply_lora,
-    load_adapter_state,
-    set_scale,
-    start_from_,
-    trainable_parameters,
-)
-from simpletuner.adapters.targets import linear_names
+from simpletuner.adapters.files import LoraInfo
+from simpletuner.adapters.lora import LoraReport, LoraSettings, set_scale, trainable_parameters
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.datasets import ImageDataset
+from simpletuner.config.lycoris import canonical_lycoris, read_lycoris
 from simpletuner.config.optimizer_arguments import read_arguments
+from simpletuner.config.release import releases_gradients
 from simpletuner.config.root import Config
 from simpletuner.data.prompts import PromptStore
 from simpletuner.events.run_directory import RunRecorder
-from simpletuner.events.types import AdapterCreated, ModelLoaded
+from simpletuner.events.types import ModelLoaded
 from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.transformer import ZImageTransformer, velocity
 from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.ema import EmaSettings, WeightAverage
+from simpletuner.optim.release import ReleasedUpdates
 from simpletuner.optim.schedules import ScheduleSettings
 from simpletuner.optim.settings import OptimizerSettings
 from simpletuner.train.context import ContextCache
@@ -46,6 +39,7 @@ from simpletuner.train.flow_options import flow_settings, loss_settings, noise_s
 from simpletuner.train.load import load_trained_model
 from simpletuner.train.recompute import apply_recomputation
 from simpletuner.train.step import StepSettings
+from simpletuner.train.trained import Trained, TrainedLora, TrainedLycoris, TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +58,14 @@ class Training:
     contexts: ContextCache
     sampling_contexts: ContextCache  # as `contexts`, for the strengths of validation
     adapter: LoraReport
-    lora: LoraSettings
+    trained: Trained
+    multiplier: float  # of the trained adapter, in training steps
+    sampling_multiplier: float  # and in images
     assistant: AssistantStrengths | None
     params: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
     ema: WeightAverage | None
+    released: ReleasedUpdates | None  # where parameters move during backward
     compute: Compute
 
     def predict(self, latents: Sequence[Tensor], sigma_B: Tensor, prompts: Sequence[str]) -> list[Tensor]:
@@ -93,21 +90,15 @@ class Training:
     @contextmanager
     def sampling(self, strength: float) -> Iterator[None]:
         """For images: the trained adapter counts `strength` times, the assistant as little as it shall there."""
-        self._set_strengths(strength, self.assistant.sampling if self.assistant else 0.0)
+        self._set_strengths(strength * self.sampling_multiplier, self.assistant.sampling if self.assistant else 0.0)
         try:
             yield
         finally:
-            self._set_strengths(1.0, self.assistant.training if self.assistant else 0.0)
+            self._set_strengths(self.multiplier, self.assistant.training if self.assistant else 0.0)
 
     def _set_strengths(self, trained: float, assistant: float) -> None:
         set_scale(self.transformer, trained)
         set_scale(self.transformer, assistant, ASSISTANT_NAME)
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        return adapter_state(self.transformer)
-
-    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
-        load_adapter_state(self.transformer, state)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.compute.autocast is None:
@@ -121,6 +112,7 @@ def build_training(
     files: PipelineFiles,
     assistant_file: Path | None,
     prompts: PromptStore,
+    trained: Trained,
     compute: Compute,
     run: RunRecorder,
 ) -> Training:
@@ -143,30 +135,24 @@ def build_training(
         assistant = AssistantStrengths(
             training=options.assistant_lora_strength, sampling=options.assistant_lora_inference_strength
         )
-    lora = lora_settings(config)
-    adapter = apply_lora(transformer, lora)
+    start = config.adapter.init_lora
+    adapter = trained.attach(transformer, start=Path(start) if start else None)
     if assistant is not None:
         activate_with_assistant_(transformer, strength=assistant.training)
-    run.emit(
-        AdapterCreated(
-            num_params=adapter.num_params,
-            num_modules=adapter.num_modules,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            targets=lora.targets,
-        )
-    )
-    if config.adapter.init_lora:
-        start_from_(transformer, load_lora(Path(config.adapter.init_lora), linear_names(transformer)), lora)
+    run.emit(trained.created(adapter))
     params = trainable_parameters(transformer)
     optimizer = build_optimizer(config.optimizer.optimizer, params, optimizer_settings(config))
+    released = None
+    if releases_gradients(config):
+        by_value = config.optimizer.max_grad_norm > 0
+        released = ReleasedUpdates(params, optimizer, clip_value=config.optimizer.max_grad_norm if by_value else None)
     apply_recomputation(
         transformer,
         config.memory,
         device=compute.device,
         params=params,
         optimizer=optimizer,
-        uses_dropout=lora.dropout > 0,
+        uses_dropout=trained.uses_dropout,
         emit=run.emit,
     )
     transformer.train()
@@ -185,10 +171,13 @@ def build_training(
         sampling_contexts=contexts if assistant is None else sampling_contexts,
         assistant=assistant,
         adapter=adapter,
-        lora=lora,
+        trained=trained,
+        multiplier=trained.multiplier,
+        sampling_multiplier=trained.sampling_multiplier,
         params=params,
         optimizer=optimizer,
         ema=weight_average(config, params, compute),
+        released=released,
         compute=compute,
     )
 
@@ -208,6 +197,32 @@ def weight_average(config: Config, params: Sequence[nn.Parameter], compute: Comp
     return WeightAverage(params, settings, device=torch.device("cpu") if on_cpu else compute.device)
 
 
+def trained_weights(config: Config, *, config_hash: str, trigger_words: tuple[str, ...] = ()) -> Trained:
+    """What the options say is trained; `config_hash` stands for the options in its files.
+
+    Raises:
+        ConfigError: the LyCORIS file cannot be read.
+    """
+    if config.model.model_type == "full":
+        return TrainedModel()
+    if config.adapter.lora_type == "standard":
+        lora = lora_settings(config)
+
+        def info(step: int) -> LoraInfo:
+            return lora_info(config, lora, step=step, config_hash=config_hash, trigger_words=trigger_words)
+
+        return TrainedLora(lora, info, layout=config.adapter.lora_format)
+    path = Path(config.adapter.lycoris_config or "")
+    return TrainedLycoris(
+        read_lycoris(path),
+        config=canonical_lycoris(path),
+        seed=config.run.seed,
+        first_norm=config.adapter.init_lokr_norm,
+        sampling_multiplier=config.validation.validation_lycoris_strength,
+        metadata=lambda step: lycoris_metadata(config, step=step, config_hash=config_hash),
+    )
+
+
 def lora_settings(config: Config) -> LoraSettings:
     """The adapter that the options ask for."""
     adapter = config.adapter
@@ -217,6 +232,8 @@ def lora_settings(config: Config) -> LoraSettings:
         dropout=adapter.lora_dropout,
         targets=adapter.peft_lora_target_modules or Z_IMAGE.lora_targets(adapter.lora_targets),
         seed=config.run.seed,
+        start=adapter.lora_init_type,
+        dora=adapter.use_dora,
     )
 
 
@@ -249,7 +266,7 @@ def schedule_settings(config: Config) -> ScheduleSettings:
     )
 
 
-def step_settings(config: Config, *, rank: int) -> StepSettings:
+def step_settings(config: Config, *, rank: int, uses_dropout: bool) -> StepSettings:
     """What a step takes from the options."""
     return StepSettings(
         seed=config.run.seed,
@@ -260,7 +277,7 @@ def step_settings(config: Config, *, rank: int) -> StepSettings:
         max_grad_norm=config.optimizer.max_grad_norm,
         clip_by_value=config.optimizer.grad_clip_method == "value",
         latents_per_token=Z_IMAGE.latents_per_token,
-        uses_dropout=config.adapter.lora_dropout > 0,
+        uses_dropout=uses_dropout,
     )
 
 
@@ -294,3 +311,17 @@ def lora_info(
         config_hash=config_hash,
         global_step=step,
     )
+
+
+def lycoris_metadata(config: Config, *, step: int, config_hash: str) -> dict[str, str]:
+    """What a saved LyCORIS adapter says about itself."""
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "z-image/lycoris",
+        "modelspec.title": Path(config.run.output_dir).name,
+        "ss_base_model_version": public_name(config.model.pretrained_model_name_or_path),
+        "ss_network_module": "lycoris.kohya",
+        "global_step": str(step),
+        "config_hash": config_hash,
+    }

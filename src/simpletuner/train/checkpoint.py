@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent.
 
     checkpoint-<step>/
-      pytorch_lora_weights.safetensors   the adapter, float32; loads in diffusers and ComfyUI like the final result
+      pytorch_lora_weights.safetensors   the adapter, float32; loads in diffusers and ComfyUI like the final result;
+                                         transformer/ in its place where all weights are trained
       optimizer.pt                       the optimizer's state_dict
       pytorch_lora_weights_ema.safetensors, ema.pt   with use_ema: the averaged adapter, and the average itself
       training_state.json                step, what decides the next steps, and every file's size; written last
@@ -16,29 +17,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save_lora
 from simpletuner.events.oserrors import os_errors_as_problems
 from simpletuner.train.resume import STATE_FILE_NAME, Checkpoint, Recipe, find_checkpoints
 
-EMA_LORA_FILE_NAME = LORA_FILE_NAME.replace(".", "_ema.")
 _OPTIMIZER_FILE_NAME = "optimizer.pt"
 _EMA_FILE_NAME = "ema.pt"
 _STATE_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Averaged:
-    """A moving average to be saved: as an adapter, and as `WeightAverage` goes on from it."""
-
-    adapter: Mapping[str, Tensor]
-    state: Mapping[str, object]
 
 
 def save_checkpoint(
@@ -46,12 +36,12 @@ def save_checkpoint(
     *,
     step: int,
     recipe: Recipe,
-    adapter: Mapping[str, Tensor],
-    info: LoraInfo,
+    write: Callable[[Path], object],
     optimizer_state: Mapping[str, object],
-    averaged: Averaged | None = None,
+    average: Mapping[str, object] | None = None,
 ) -> Checkpoint:
-    """Write `checkpoint-<step>`, replacing one of the same step.
+    """Write `checkpoint-<step>`, replacing one of the same step. `write(folder)` puts the trained weights there;
+    `average` is the state of their moving average.
 
     Raises:
         FileSystemError: the disk is full or read-only; what was there before is untouched.
@@ -60,15 +50,15 @@ def save_checkpoint(
     with os_errors_as_problems(final):
         building = Path(tempfile.mkdtemp(prefix=f".checkpoint-{step}-", dir=output_dir))
         try:
-            save_lora(building / LORA_FILE_NAME, adapter, info)
+            write(building)
             torch.save(dict(optimizer_state), building / _OPTIMIZER_FILE_NAME)
-            if averaged is not None:
-                save_lora(building / EMA_LORA_FILE_NAME, averaged.adapter, info)
-                torch.save(dict(averaged.state), building / _EMA_FILE_NAME)
-            sizes = {path.name: path.stat().st_size for path in building.iterdir()}
+            if average is not None:
+                torch.save(dict(average), building / _EMA_FILE_NAME)
+            files = [path for path in building.rglob("*") if path.is_file()]
+            sizes = {path.relative_to(building).as_posix(): path.stat().st_size for path in files}
             state = {"version": _STATE_VERSION, "step": step, "recipe": asdict(recipe), "files": sizes}
             (building / STATE_FILE_NAME).write_text(json.dumps(state, indent=2), encoding="utf-8")
-            for path in (*building.iterdir(), building):
+            for path in (*building.rglob("*"), building):
                 _flush(path)
             building.chmod(0o755)
             if final.exists():
@@ -79,11 +69,6 @@ def save_checkpoint(
             shutil.rmtree(building, ignore_errors=True)
             raise
     return Checkpoint(path=final, step=step, recipe=recipe)
-
-
-def load_adapter(checkpoint: Checkpoint) -> Mapping[str, Tensor]:
-    """The adapter's tensors, under the keys of `lora.adapter_state`."""
-    return load_lora(checkpoint.path / LORA_FILE_NAME).tensors
 
 
 def load_optimizer_state(checkpoint: Checkpoint) -> dict[str, object]:

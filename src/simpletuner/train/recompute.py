@@ -25,7 +25,8 @@ def apply_recomputation(
     uses_dropout: bool,
     emit: Callable[[Event], None],
 ) -> None:
-    """Wrap the main blocks. What the device cannot do is left out with a notice."""
+    """Wrap the main blocks, and all of the refiners' where something in them is trained. What the device cannot do is
+    left out with a notice."""
     if not options.gradient_checkpointing:
         return
     on_cuda = device.type == "cuda"
@@ -36,6 +37,9 @@ def apply_recomputation(
     if every == AUTO and options.gradient_checkpointing_budget is None and not on_cuda:
         every = 1
         emit(_override("gradient_checkpointing_interval", "auto", "1"))
+    for stack in (transformer.noise_refiner, transformer.context_refiner):
+        if any(parameter.requires_grad for parameter in stack.parameters()):
+            apply_checkpointing(stack, every=1, preserve_rng_state=uses_dropout, ends_pass=False)
     product = LAST_PRODUCT if may_keep_product(options, device.type) else None
     blocks = transformer.layers
     if every != AUTO:

@@ -22,6 +22,7 @@ _OPTIONS = {
     "targets": "lora_targets",
     "rank": "lora_rank",
     "alpha": "lora_alpha",
+    "adapter": "lora_type",
 }
 """What a field of the recipe is called in a configuration, where that is another word."""
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -40,6 +41,7 @@ class Recipe:
     targets: tuple[str, ...]
     rank: int
     alpha: float
+    adapter: str = "lora"  # the kind, and all that decides its weights beside targets, rank and alpha
     parts: PlanParts | None = None  # explain a difference of `plan`; older checkpoints have none
     options: Mapping[str, object] | None = None  # of noise levels, loss and rollouts; older checkpoints have none
 
@@ -115,7 +117,7 @@ def recipe_problems(checkpoint: Checkpoint, recipe: Recipe) -> list[Problem]:
         if field == "plan":
             problems += _data_problems(name, before=checkpoint.recipe.parts, now=recipe.parts)
             continue
-        blocks = field in ("targets", "rank", "optimizer")
+        blocks = field in ("targets", "rank", "optimizer", "adapter")
         problems.append(
             Problem(
                 code="E-CHECKPOINT-INCOMPATIBLE" if blocks else "W-CHECKPOINT-DIFFERS",

@@ -8,11 +8,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, save_lora
+from simpletuner.adapters.files import LORA_FILE_NAME
 from simpletuner.adapters.lora import disabled
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
@@ -37,18 +38,14 @@ from simpletuner.train.account import Account
 from simpletuner.train.build import (
     Training,
     build_training,
-    lora_info,
-    lora_settings,
     optimizer_settings,
     schedule_settings,
     step_settings,
+    trained_weights,
     trigger_words,
 )
 from simpletuner.train.checkpoint import (
-    EMA_LORA_FILE_NAME,
-    Averaged,
     delete_old_checkpoints,
-    load_adapter,
     load_average,
     load_optimizer_state,
     save_checkpoint,
@@ -65,6 +62,7 @@ from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
 from simpletuner.train.start import Start
 from simpletuner.train.step import MicroBatch, StepResult, train_step
+from simpletuner.train.trained import Trained
 from simpletuner.validation.requests import ImageRequest
 
 
@@ -135,6 +133,12 @@ class _Run:
         self._headings = headings
         self._account: Account | None = None
 
+    @cached_property
+    def _trained(self) -> Trained:
+        loaded = self._loaded
+        words = trigger_words(loaded.datasets.images)
+        return trained_weights(self._config, config_hash=config_hash(loaded.config), trigger_words=words)
+
     def out_of_memory(self, error: BaseException) -> SimpletunerError:
         """What to tell of a run that found no memory."""
         if self._account is None:
@@ -181,7 +185,13 @@ class _Run:
             account.before_model()
             account.meter.enter("load")
             training = build_training(
-                config, files=files, assistant_file=assistant_file, prompts=prompts, compute=compute, run=run
+                config,
+                files=files,
+                assistant_file=assistant_file,
+                prompts=prompts,
+                trained=self._trained,
+                compute=compute,
+                run=run,
             )
             validator = Validator(
                 config,
@@ -193,7 +203,7 @@ class _Run:
                 headings=self._headings,
             )
             if checkpoint is not None:
-                training.load_adapter_state(dict(load_adapter(checkpoint)))
+                self._trained.load(checkpoint.path, training.transformer)
                 state = load_optimizer_state(checkpoint)
                 restore_optimizer_(training.optimizer, state, name=config.optimizer.optimizer)
                 self._restore_average(training, checkpoint)
@@ -281,7 +291,7 @@ class _Run:
         return files, assistant_file
 
     def _recipe(self, plan: Plan) -> Recipe:
-        config, lora = self._config, lora_settings(self._config)
+        config, trained = self._config, self._trained.identity
         return Recipe(
             seed=config.run.seed,
             plan=plan.fingerprint,
@@ -290,9 +300,10 @@ class _Run:
             gradient_accumulation_steps=config.optimizer.gradient_accumulation_steps,
             world_size=1,
             optimizer=state_layout(config.optimizer.optimizer, optimizer_settings(config).arguments),
-            targets=lora.targets,
-            rank=lora.rank,
-            alpha=lora.alpha,
+            targets=trained.targets,
+            rank=trained.rank,
+            alpha=trained.alpha,
+            adapter=trained.adapter,
             options=deciding_options(config, self._loaded.datasets),
         )
 
@@ -330,7 +341,7 @@ class _Run:
         self._run.emit(
             RunPlanned(
                 model=f"{config.model.model_family} {config.model.model_flavour}",
-                adapter=f"LoRA rank {config.adapter.lora_rank}",
+                adapter=self._trained.label,
                 precision=compute.name,
                 device=str(device),
                 device_name=device_name(device),
@@ -383,7 +394,7 @@ class _Run:
 
     def _updater(self, training: Training) -> Callable[[Iterator[MicroBatch], float], StepResult]:
         """One optimizer update: (micro-batches, learning rate) -> what it came to."""
-        settings = step_settings(self._config, rank=0)
+        settings = step_settings(self._config, rank=0, uses_dropout=self._trained.uses_dropout)
         rollout = make_rollout(self._config, training.predict_still)
 
         def update(batches: Iterator[MicroBatch], learning_rate: float) -> StepResult:
@@ -394,6 +405,7 @@ class _Run:
                 parent=lambda: disabled(training.transformer),
                 params=training.params,
                 optimizer=training.optimizer,
+                released=training.released,
                 learning_rate=learning_rate,
                 settings=settings,
                 rollout=rollout,
@@ -412,10 +424,9 @@ class _Run:
                 self._output_dir,
                 step=step,
                 recipe=recipe,
-                adapter=training.adapter_state(),
-                info=self._info(training, step),
+                write=lambda folder: self._write(folder, training, step),
                 optimizer_state=state,
-                averaged=_averaged(training),
+                average=None if training.ema is None else training.ema.state(),
             )
         self._run.emit(
             CheckpointSaved(
@@ -428,47 +439,28 @@ class _Run:
         for old in delete_old_checkpoints(self._output_dir, keep=self._config.run.checkpoints_total_limit):
             self._run.emit(CheckpointDeleted(step=old.step, path=old.path.name))
 
-    def _info(self, training: Training, step: int) -> LoraInfo:
-        """What a saved adapter says about itself."""
-        return lora_info(
-            self._config,
-            training.lora,
-            step=step,
-            config_hash=config_hash(self._loaded.config),
-            trigger_words=trigger_words(self._loaded.datasets.images),
-        )
-
     def _save_result(self, training: Training, step: int) -> Path:
         begun = time.monotonic()
-        path = self._output_dir / LORA_FILE_NAME
         with averaged_weights(training.optimizer):
-            self._write_lora(training, path, step)
-        if training.ema is not None:
-            with training.ema.within():
-                self._write_lora(training, self._output_dir / EMA_LORA_FILE_NAME, step)
+            path = self._write(self._output_dir, training, step, exported=True)
         self._run.emit(
             CheckpointSaved(
                 step=step,
                 path=path.name,
-                bytes=path.stat().st_size,
+                bytes=total_bytes([path]),
                 seconds=time.monotonic() - begun,
                 final=True,
             )
         )
         return path
 
-    def _write_lora(self, training: Training, path: Path, step: int) -> None:
-        """The adapter as it is now, for other programs."""
-        layout = self._config.adapter.lora_format
-        save_lora(path, training.adapter_state(), self._info(training, step), layout=layout)
-
-
-def _averaged(training: Training) -> Averaged | None:
-    if training.ema is None:
-        return None
-    with training.ema.within():
-        adapter = {name: tensor.clone() for name, tensor in training.adapter_state().items()}
-    return Averaged(adapter=adapter, state=training.ema.state())
+    def _write(self, folder: Path, training: Training, step: int, *, exported: bool = False) -> Path:
+        """What is trained, and beside it its moving average if there is one."""
+        path = self._trained.save(folder, training.transformer, step=step, exported=exported)
+        if training.ema is not None:
+            with training.ema.within():
+                self._trained.save(folder, training.transformer, step=step, exported=exported, averaged=True)
+        return path
 
 
 class _Steering:

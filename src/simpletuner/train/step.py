@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simpletuner.experimental.rollout import Rolled, Rollout
 from simpletuner.optim.build import set_learning_rate_
+from simpletuner.optim.release import ReleasedUpdates
 from simpletuner.problems import ExitCode, Problem, SimpletunerError
 from simpletuner.train.flow import (
     FlowSettings,
@@ -83,14 +84,18 @@ def train_step(
     learning_rate: float,
     settings: StepSettings,
     rollout: Rollout | None = None,
+    released: ReleasedUpdates | None = None,
 ) -> StepResult:
     """Accumulate the gradients of `num_batches` micro-batches, then move `params` once.
 
     Within `parent()` the model predicts without the trained adapter: the target of regularisation samples. `rollout`
     replaces what some of the other samples show the model.
 
+    Args:
+        released: moves `params` during the backward of the only micro-batch; its optimizer is `optimizer`.
     Raises:
-        SimpletunerError: the loss or a gradient is not finite; nothing was moved.
+        SimpletunerError: the loss or a gradient is not finite; nothing was moved. With `released`, a gradient that is
+            not finite has moved some of them.
     """
     losses: list[Tensor] = []
     regularisation_losses: list[Tensor] = []
@@ -103,18 +108,23 @@ def train_step(
             batch, window, predict=predict, parent=parent, settings=settings, rollout=rollout
         )
         num_rollout_forwards += num_forwards
+        if released is not None:
+            if not torch.isfinite(loss_B).all():
+                raise _not_finite([batch], window, sigma_B)
+            released.begin(learning_rate)
         (loss_B.mean() / num_batches).backward()
         (regularisation_losses if batch.is_regularisation else losses).append(loss_B.detach())
         sigmas.append(sigma_B)
         if not torch.isfinite(loss_B).all():
             raise _not_finite([batch], window, sigma_B)
         seen.append(batch)
-    grad_norm = _clip_(params, settings)
+    grad_norm = _clip_(params, settings) if released is None else released.finish().item()
     if not math.isfinite(grad_norm):
         raise _not_finite(seen, window, torch.cat(sigmas))
-    set_learning_rate_(optimizer, learning_rate)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if released is None:
+        set_learning_rate_(optimizer, learning_rate)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     everything = torch.cat(losses + regularisation_losses)
     return StepResult(
         loss=everything.mean().item(),

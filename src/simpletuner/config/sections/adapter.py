@@ -26,7 +26,17 @@ class AdapterSection(Section):
     """Which layers get an adapter: attention, attention and MLP, or every linear layer of the blocks and refiners."""
 
     peft_lora_target_modules: Annotated[tuple[str, ...] | None, Opt(level="expert")] = None
-    """Names of the modules that get an adapter, in place of lora_targets."""
+    """Names of the modules that get an adapter, in place of lora_targets: a list, or a JSON file that holds one."""
+
+    use_dora: Annotated[bool, Opt()] = False
+    """Train the length of each weight row beside the low-rank update (DoRA). Closer to full training than a LoRA of
+    the same rank; slower."""
+
+    lora_init_type: Annotated[
+        Literal["default", "gaussian", "pissa", "olora", "loftq"], Opt(level="expert", spellings=(("true", "default"),))
+    ] = "default"
+    """How an adapter begins: default and gaussian at random; pissa and olora from the largest parts of each weight,
+    which takes minutes for a whole model and makes files of twice the rank."""
 
     lora_format: Annotated[Literal["comfyui", "diffusers", "kohya"], Opt()] = "comfyui"
     """Names in the file of the result. comfyui and diffusers load in both programs; kohya has lora_unet_ names and
@@ -34,6 +44,15 @@ class AdapterSection(Section):
 
     init_lora: Annotated[str | None, Opt(holds="path")] = None
     """LoRA file to start from, in place of a fresh adapter."""
+
+    lycoris_config: Annotated[
+        str | None, Opt(holds="path", shown_default="lycoris_config.json beside the configuration")
+    ] = None
+    """JSON file with the settings of lora_type lycoris: algo, multiplier, linear_dim, linear_alpha, and for LoKr factor
+    and full_matrix; apply_preset chooses the layers."""
+
+    init_lokr_norm: Annotated[float | None, Gt(0), Le(1), Opt(level="expert")] = None
+    """Start a LoKr at random, with an update of this share of each weight's norm, in place of one of zero."""
 
     assistant_lora_path: Annotated[str | None, Opt(holds="location", shown_default="by model_flavour")] = None
     """Adapter that keeps a turbo model's few-step ability out of the trained weights: hub id, folder or file. turbo

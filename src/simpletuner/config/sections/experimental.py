@@ -9,7 +9,7 @@ from annotated_types import Ge, Le
 from simpletuner.catalog.rollouts import OFFSET_STRATEGIES
 from simpletuner.config.fields import Opt, Section
 
-_REFLEXFLOW = (("true", "on"), ("yes", "on"), ("false", "off"), ("no", "off"))
+_REFLEXFLOW = (("true", "on"), ("yes", "on"), ("false", "off"), ("no", "off"), ("none", "off"))
 
 
 class ExperimentalSection(Section):

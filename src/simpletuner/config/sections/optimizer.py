@@ -68,6 +68,12 @@ class OptimizerSection(Section):
     grad_clip_method: Annotated[Literal["norm", "value"], Opt(level="expert")] = "norm"
     """norm scales all gradients together; value clamps each element to max_grad_norm."""
 
+    optimizer_release_gradients: Annotated[bool | None, Opt(shown_default="on for model_type full, where possible")] = (
+        None
+    )
+    """Update each weight as soon as its gradient is there, and free the gradient: the gradients of a whole model never
+    lie in memory at once. Needs gradient_accumulation_steps 1, and max_grad_norm 0 or grad_clip_method value."""
+
     train_batch_size: Annotated[int, Ge(1), Le(1024), Opt(level="basic", unit="images")] = 1
     """Images in one forward pass. 1 suits small datasets and small cards."""
 

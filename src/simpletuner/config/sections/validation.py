@@ -65,6 +65,9 @@ class ValidationSection(Section):
     disable_benchmark: Annotated[bool, Opt()] = False
     """Leave out the images of the untrained base model, which later ones are compared with."""
 
+    validation_lycoris_strength: Annotated[float, Ge(0), Le(10), Opt(level="expert")] = 1.0
+    """How often a LyCORIS adapter counts in validation images, in place of its multiplier."""
+
     validation_image_format: Annotated[Literal["png", "webp", "jpeg"], Opt(spellings=(("jpg", "jpeg"),))] = "png"
     """File format of the images."""
 
