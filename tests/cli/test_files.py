@@ -168,8 +168,26 @@ def test_a_wrong_call_is_refused_and_nothing_is_written(capsys, folder, words, t
     assert (folder / "a.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "words", [["inspect", "b.safetensors"], ["convert", "b.safetensors", "c"], ["merge", "b.safetensors@2", "-o", "c"]]
+)
+def test_a_file_that_is_not_there_is_named_with_what_is(capsys, words):
+    assert main(words) == ExitCode.ENVIRONMENT
+    assert "There is no adapter file b.safetensors.\n  In . there is: a.safetensors." in capsys.readouterr().err
+    assert main([*words, "--lang", "es"]) == ExitCode.ENVIRONMENT
+    assert "En . hay: a.safetensors." in capsys.readouterr().err
+
+
+def test_a_folder_stands_for_its_only_file(capsys, folder):
+    assert main(["inspect", "."]) == 0
+    assert capsys.readouterr().out.startswith("a.safetensors")
+    shutil.copyfile("a.safetensors", "b.safetensors")
+    assert main(["inspect", "."]) == ExitCode.ENVIRONMENT
+    assert "there is: a.safetensors, b.safetensors." in capsys.readouterr().err
+
+
 def test_a_strength_is_what_follows_the_last_at_sign(folder):
-    assert [(str(path), strength) for path, strength in map(file_and_strength, ("a@0.8", "x@y", "a", "b@-1e-1"))] == [
+    assert [file_and_strength(word) for word in ("a@0.8", "x@y", "a", "b@-1e-1")] == [
         ("a", 0.8),
         ("x@y", 1.0),
         ("a", 1.0),

@@ -94,6 +94,7 @@ OPTIONS = {
         {"gradient_checkpointing_budget": 2, "gradient_checkpointing_interval": 3},
         ["gradient_checkpointing_interval = 3"],
     ),
+    "W-FORMAT-TARGETS": ({"lora_format": "kohya", "lora_targets": "all"}, ["lora_format = kohya", "diffusers"]),
     "W-TARGETS-TWICE": (
         {"peft_lora_target_modules": "to_q", "lora_targets": "all"},
         ["peft_lora_target_modules", "lora_targets = all"],

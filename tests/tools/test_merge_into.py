@@ -154,6 +154,8 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(tmp
     save_file(path, state, dtype=torch.float8_e4m3fn)
     told = problem_of(lambda: merge_into([path], weighted(adapter_of("LoRA")), out))
     assert "E-STORED-QUANTISED" in told and "F8_E4M3" in told
+    safetensors.torch.save_file(to_tensors(adapter_of("LoRA"), LAYOUTS["kohya"]), path)
+    assert "E-MODEL-IS-LORA" in problem_of(lambda: merge_into([path], weighted(adapter_of("LoRA")), out))
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpletuner.adapters.formats.layouts import LAYOUTS
-from simpletuner.cli.files import Parser, check_target, dtype_of, progress, reduction_of, wants_help, write_made
+from simpletuner.cli.files import (
+    Parser,
+    check_target,
+    dtype_of,
+    input_file,
+    progress,
+    reduction_of,
+    wants_help,
+    write_made,
+)
 
 
 def run(argv: Sequence[str], language: str) -> int:
@@ -19,12 +28,12 @@ def run(argv: Sequence[str], language: str) -> int:
 
 def write_converted(args: argparse.Namespace, language: str) -> int:
     """Read args.file, write args.out with what the other words ask for."""
-    target = Path(args.out)
+    source, target = input_file(args.file), Path(args.out)
     check_target(target, force=args.force)
     from simpletuner.adapters.files import read_adapter
     from simpletuner.adapters.formats.convert import convert
 
-    adapter = read_adapter(Path(args.file))
+    adapter = read_adapter(source)
     made = convert(
         adapter,
         LAYOUTS[args.format],

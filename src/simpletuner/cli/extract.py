@@ -29,7 +29,9 @@ def run(argv: Sequence[str], language: str) -> int:
     from simpletuner.models.z_image.spec import Z_IMAGE
     from simpletuner.tools.extract import extract
 
-    base, tuned = (resolve_transformer(name, spec=Z_IMAGE, option="extract") for name in (args.base, args.tuned))
+    base, tuned = (
+        resolve_transformer(name, spec=Z_IMAGE, option="simpletuner extract") for name in (args.base, args.tuned)
+    )
     show = progress("files.tensors", language)
     dtype = dtype_of(args) or torch.bfloat16
     found = extract(base, tuned, rank=args.rank, dtype=dtype, on_progress=show)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _HELP_FLAGS = ("-h", "--help", "help")
 _TENTHS = 10
+_NUM_NEAR = 4
 _PATIENCE_S = 2.0
 
 
@@ -60,6 +62,26 @@ def wants_help(command: str, argv: Sequence[str], language: str) -> bool:
         return False
     print(text(f"{command}.help", language))
     return True
+
+
+def input_file(word: str) -> Path:
+    """The file that a word names: itself, or the only safetensors file of a folder, such as a run's.
+
+    Raises:
+        SimpletunerError: E-INPUT-MISSING, with names in that folder that look alike.
+    """
+    path = Path(word)
+    if path.is_dir():
+        inside = list(path.glob("*.safetensors"))
+        if len(inside) == 1:
+            return inside[0]
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else path.parent
+    names = sorted(entry.name for entry in folder.glob("*.safetensors")) if folder.is_dir() else []
+    near = names if path.is_dir() else difflib.get_close_matches(path.name, names, n=_NUM_NEAR, cutoff=0.4)
+    params = {"path": word, "folder": str(folder), "near": ", ".join(near[:_NUM_NEAR]) or "-"}
+    raise SimpletunerError(Problem(code="E-INPUT-MISSING", params=params), ExitCode.ENVIRONMENT)
 
 
 def check_target(target: Path, *, force: bool) -> None:

@@ -6,10 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from simpletuner.adapters.formats.programs import Verdict
-from simpletuner.cli.files import Parser, wants_help
+from simpletuner.cli.files import Parser, input_file, wants_help
 from simpletuner.cli.report import print_problems
 from simpletuner.events import formats
 from simpletuner.i18n import render_problem, text
@@ -25,7 +24,7 @@ def run(argv: Sequence[str], language: str) -> int:
     if wants_help("inspect", argv, language):
         return 0
     args = parse(argv)
-    found = inspect_file(Path(args.file))
+    found = inspect_file(input_file(args.file))
     if args.json:
         print(json.dumps(_as_json(found, language), ensure_ascii=False, indent=2))
     else:

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.adapters.formats.layouts import LAYOUTS
-from simpletuner.cli.files import Parser, check_target, dtype_of, progress, reduction_of, wants_help, write_made
+from simpletuner.cli.files import (
+    Parser,
+    check_target,
+    dtype_of,
+    input_file,
+    progress,
+    reduction_of,
+    wants_help,
+    write_made,
+)
 from simpletuner.i18n import text
 
 if TYPE_CHECKING:
@@ -20,11 +29,12 @@ def run(argv: Sequence[str], language: str) -> int:
     if wants_help("merge", argv, language):
         return 0
     args = parse(argv)
+    named = [(input_file(word), strength) for word, strength in map(file_and_strength, args.files)]
     target = Path(args.output)
     check_target(target, force=args.force)
     from simpletuner.adapters.formats.convert import merge
 
-    adapters = [_read(word) for word in args.files]
+    adapters = [_read(path, strength) for path, strength in named]
     if args.into is None:
         made = merge(
             adapters,
@@ -53,22 +63,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def file_and_strength(word: str) -> tuple[Path, float]:
+def file_and_strength(word: str) -> tuple[str, float]:
     """ "a.safetensors@0.8" -> (a.safetensors, 0.8); a file that really has such a name is taken as it is."""
     name, at, strength = word.rpartition("@")
     if not at or Path(word).exists():
-        return Path(word), 1.0
+        return word, 1.0
     try:
-        return Path(name), float(strength)
+        return name, float(strength)
     except ValueError:
-        return Path(word), 1.0
+        return word, 1.0
 
 
-def _read(word: str) -> Weighted:
+def _read(path: Path, strength: float) -> Weighted:
     from simpletuner.adapters.files import read_adapter
     from simpletuner.adapters.formats.convert import Weighted
 
-    path, strength = file_and_strength(word)
     return Weighted(name=path.name, adapter=read_adapter(path), strength=strength)
 
 

@@ -215,6 +215,14 @@ def modules_replace_targets(c: Config, origins: Origins) -> Problem | None:
     return Problem(code="W-TARGETS-TWICE", severity=_WARNING, params={"value": c.adapter.lora_targets})
 
 
+@rule("lora_format", "lora_targets")
+def format_has_names_for_every_layer(c: Config, origins: Origins) -> Problem | None:
+    if c.adapter.lora_format != "kohya" or c.adapter.lora_targets != "all" or c.adapter.peft_lora_target_modules:
+        return None
+    fixes = (Fix(key="lora_format", value="comfyui"),)
+    return Problem(code="W-FORMAT-TARGETS", severity=_WARNING, params={}, fixes=fixes)
+
+
 @rule("maximum_image_size", "target_downsample_size", "minimum_image_size", "resolution", "resolution_type")
 def sizes_make_sense(c: Config, origins: Origins) -> Problem | None:
     return broken_size_rule(

@@ -13,6 +13,7 @@ from typing import BinaryIO, cast
 
 from torch import Tensor
 
+from simpletuner.adapters.formats.names import group_keys
 from simpletuner.events.oserrors import os_errors_as_problems
 from simpletuner.models.files import Header, StoredTensor, read_header
 from simpletuner.models.tensors import DTYPES, bytes_of, read_tensor
@@ -58,19 +59,24 @@ def open_model(shards: Sequence[Path]) -> StoredModel:
     """Read the headers.
 
     Raises:
-        ModelError: a file is damaged, or holds quantised numbers (E-STORED-QUANTISED).
+        ModelError: a file is damaged, is an adapter (E-MODEL-IS-LORA), or holds quantised numbers
+            (E-STORED-QUANTISED).
     """
     headers = tuple(read_header(shard) for shard in shards)
-    keys = transformer_keys([tensor.name for header in headers for tensor in header.tensors])
+    names = [tensor.name for header in headers for tensor in header.tensors]
+    if group_keys(names)[0]:
+        params = {"path": str(shards[0]), "part": "transformer"}
+        raise ModelError(Problem(code="E-MODEL-IS-LORA", params=params))
+    keys = transformer_keys(names)
     weights: dict[str, Weight] = {}
     for header in headers:
         for tensor in header.tensors:
-            names = keys(tensor.name)
-            if names and tensor.dtype not in _FLOATS:
+            own = keys(tensor.name)
+            if own and tensor.dtype not in _FLOATS:
                 params = {"path": str(header.path), "name": tensor.name, "dtype": tensor.dtype}
                 raise ModelError(Problem(code="E-STORED-QUANTISED", params=params))
-            rows = tensor.shape[0] // len(names) if names and tensor.shape else 1
-            for index, name in enumerate(names):
+            rows = tensor.shape[0] // len(own) if own and tensor.shape else 1
+            for index, name in enumerate(own):
                 weights[name] = Weight(path=header.path, stored=tensor, start=index * rows, stop=(index + 1) * rows)
     return StoredModel(headers=headers, weights=weights)
 
