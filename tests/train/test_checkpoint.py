@@ -162,6 +162,14 @@ def test_other_options_warn_or_refuse(tmp_path):
     assert "another train_batch_size (2, now 3)" in render_problem(problems["train_batch_size"], "en")[0]
 
 
+def test_weights_of_another_kind_are_refused_by_what_they_are(tmp_path):
+    (problem,) = recipe_problems(save(tmp_path, 5), replace(RECIPE, adapter='lycoris {"algo": "lokr"}'))
+    assert problem.severity is Severity.ERROR
+    for language in LANGUAGES:
+        said = render_problem(problem, language)[0]
+        assert "lora_type" in said and 'lycoris {"algo": "lokr"}' in said
+
+
 PARTS = PlanParts(num_images=24, images="i", captions="c", crops="g", datasets="d")
 
 
