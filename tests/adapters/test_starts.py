@@ -202,6 +202,19 @@ def test_a_dora_goes_on_from_a_lora_and_a_lora_not_from_a_dora(tmp_path, predict
     assert isinstance(file := load_lora(path), LoraFile) and len(file.scales) == 14
 
 
+def test_a_file_of_another_model_is_told_as_that(tmp_path):
+    other = nn.ModuleDict({"down_blocks": nn.ModuleDict({"to_query": nn.Linear(8, 8)})})
+    apply_lora(other, LoraSettings(rank=RANK, alpha=ALPHA, targets=("to_query",)))
+    path = tmp_path / LORA_FILE_NAME
+    save_lora(path, adapter_state(other), LoraInfo(rank=RANK, alpha=ALPHA))
+    settings = LoraSettings(rank=RANK, alpha=ALPHA, targets=MAIN_BLOCKS)
+    with pytest.raises(ModelError) as error:
+        start_from_(adapted(), load_lora(path), settings, path="/init_lora")
+    (problem,) = error.value.problems
+    assert (problem.code, problem.path) == ("E-LORA-OTHER-MODEL", "/init_lora")
+    assert all("down_blocks.to_query" in render_problem(problem, language)[0] for language in LANGUAGES)
+
+
 def test_dropout_is_pefts_in_a_dora():
     model = ours(base_layer(), dora=True, dropout=0.5)
     randomise_(model)

@@ -40,7 +40,7 @@ FILES = {
 }
 ELSEWHERE = {  # asserted where they come about
     "E-LYCORIS-TARGET", "E-LYCORIS-SIZE", "E-LYCORIS-MODULES", "E-LYCORIS-SHAPE", "E-LYCORIS-SCALE", "E-LYCORIS-KIND",
-    "E-LORA-DORA", "E-FULL-WEIGHTS",
+    "E-LORA-DORA", "E-FULL-WEIGHTS", "E-LORA-OTHER-MODEL",
 }  # fmt: skip
 
 
@@ -144,6 +144,7 @@ OF_FULL = {
         {"optimizer_release_gradients": True, "gradient_accumulation_steps": 2, "optimizer": "prodigy"},
         ["gradient_accumulation_steps = 2, max_grad_norm = 1, optimizer = prodigy"],
     ),
+    "E-FULL-FP16": ({"mixed_precision": "fp16"}, ["float16", "bf16", "fp32"]),
     "I-FULL-GRADIENTS": ({}, ["max_grad_norm = 1", "grad_clip_method"]),
 }
 

@@ -52,42 +52,19 @@ def test_a_lokr_that_stops_and_goes_on_is_the_one_that_was_left_alone(lokr):
     assert len(set(pictures(lokr.root / "straight").values())) > 2
 
 
-def test_a_checkpoint_of_another_kind_is_refused(lokr):
-    run(lokr, "output", "--max_train_steps=1")
-    done = lokr.run("train", "--lora_type=standard")
-    assert done.returncode != 0
-    assert "E-CHECKPOINT-INCOMPATIBLE" in done.stderr and "lora_type" in done.stderr
-
-
 def test_a_lokr_on_a_quantised_base_streams_bit_for_bit(lokr):
-    lokr.set(base_model_precision="int8", max_train_steps=3)
+    lokr.set(base_model_precision="int8", max_train_steps=2)
     run(lokr, "plain")
     run(lokr, "streamed", *flags(OFFLOADS["leaves from disk"]))
     assert_same_weights(lokr.root / "plain", lokr.root / "streamed")
 
 
-@pytest.mark.parametrize("released", [True, False])
-def test_all_weights_stop_and_go_on_and_are_a_model_of_their_own(project, released):
-    project.set(
-        model_type="full",
-        max_grad_norm=0.01,
-        grad_clip_method="value",
-        optimizer_release_gradients=released,
-        learning_rate=1e-4,
-    )
+def test_all_weights_updated_inside_backward_stop_and_go_on_as_if_nothing_had_happened(project):
+    """Two pieces with updates inside backward are the whole with updates after it."""
+    project.set(model_type="full", max_grad_norm=0.01, grad_clip_method="value", learning_rate=1e-4)
     run(project, "straight", "--optimizer_release_gradients=false", *flags(VALIDATION))
     for steps in (3, 6):
         run(project, "pieces", f"--max_train_steps={steps}")
     one, other = (load_file(project.root / folder / MODEL) for folder in ("straight", "pieces"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert project.losses(project.root / "straight") == project.losses(project.root / "pieces")
-    if released:
-        run(
-            project,
-            "on top",
-            "--model_type=lora",
-            "--optimizer_release_gradients=none",
-            "--pretrained_transformer_model_name_or_path=straight",
-            "--max_train_steps=1",
-        )
-        assert project.losses(project.root / "on top")[1] != project.losses(project.root / "straight")[1]

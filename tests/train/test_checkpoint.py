@@ -189,6 +189,14 @@ def test_an_average_is_saved_as_it_goes_on(tmp_path):
     }
 
 
+def test_weights_of_another_kind_are_refused_by_what_they_are(tmp_path):
+    (problem,) = recipe_problems(save(tmp_path, 5), replace(RECIPE, adapter='lycoris {"algo": "lokr"}'))
+    assert problem.severity is Severity.ERROR
+    for language in LANGUAGES:
+        said = render_problem(problem, language)[0]
+        assert "lora_type" in said and 'lycoris {"algo": "lokr"}' in said
+
+
 PARTS = PlanParts(num_images=24, images="i", captions="c", crops="g", datasets="d")
 
 

@@ -166,14 +166,22 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], adapter_na
 
 
 @torch.no_grad()
-def start_from_(model: nn.Module, file: LoraFile, settings: LoraSettings, adapter_name: str = ADAPTER_NAME) -> None:
+def start_from_(
+    model: nn.Module,
+    file: LoraFile,
+    settings: LoraSettings,
+    adapter_name: str = ADAPTER_NAME,
+    *,
+    path: str | None = None,
+) -> None:
     """Continue training from a LoRA file: the model then predicts what it predicts with that file.
 
     The file's alpha may be another one, its rank smaller, and it may cover a part of the adapted modules; what it does
     not have stays as `apply_lora` left it. A DoRA may start from a LoRA.
 
     Raises:
-        ModelError: it has modules that are not adapted, a larger rank, or other sizes. Nothing is changed then.
+        ModelError: it is for another model, has modules that are not adapted, a larger rank, or other sizes. Nothing is
+            changed then; `path` is the option to name.
     """
     own = adapter_state(model, adapter_name)
     layers = dict(_lora_layers(model, adapter_name))
@@ -181,9 +189,13 @@ def start_from_(model: nn.Module, file: LoraFile, settings: LoraSettings, adapte
     if not settings.dora and any(key.endswith(_MAGNITUDE) for key in file.tensors):
         fixes = (Fix(key="use_dora", value=True),)
         raise ModelError(Problem(code="E-LORA-DORA", path="/use_dora", fixes=fixes))
+    modules = {key.rsplit(".lora_", 1)[0] for key in file.tensors}
+    if not modules & set(linear_names(model)):
+        raise ModelError(Problem(code="E-LORA-OTHER-MODEL", params={"modules": _some(modules)}, path=path))
     foreign = file.tensors.keys() - own.keys()
     if foreign:
-        raise ModelError(Problem(code="E-LORA-MODULES", params={"missing": "-", "foreign": _some(foreign)}))
+        told = {"missing": "-", "foreign": _some(foreign)}
+        raise ModelError(Problem(code="E-LORA-MODULES", params=told, path=path))
     for key, tensor in file.tensors.items():
         if key.endswith(_MAGNITUDE):
             if tensor.shape != own[key].shape:

@@ -80,6 +80,15 @@ def trained_weights_are_rounded_well(c: Config, origins: Origins) -> Problem | N
     return Problem(code="W-FULL-ROUNDING", severity=Severity.WARNING, params=params, fixes=fixes)
 
 
+@rule("model_type", "mixed_precision", "base_model_default_dtype")
+def trained_weights_are_not_fp16(c: Config, origins: Origins) -> Problem | None:
+    is_fp16 = c.memory.mixed_precision == "fp16" and c.memory.base_model_default_dtype != "fp32"
+    if c.model.model_type != "full" or not is_fp16:
+        return None
+    fixes = (Fix(key="mixed_precision", value="bf16"), Fix(key="base_model_default_dtype", value="fp32"))
+    return Problem(code="E-FULL-FP16", path="/mixed_precision", fixes=fixes)
+
+
 @rule(
     "optimizer_release_gradients",
     "model_type",

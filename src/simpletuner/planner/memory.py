@@ -153,6 +153,8 @@ def step_height(plan: PlanInput) -> _Height:
     if plan.releases:
         gradients = min(gradients, _block_gradients(plan))
     buckets = min(params, _BUCKET_ELEMENTS.get(plan.device, _DEVICE_BUCKET_ELEMENTS))
+    if plan.adapter.whole:  # a long parameter is a bucket of its own
+        buckets = max(buckets, plan.sizes.transformer.dim * plan.sizes.transformer.ffn_dim)
     working = buckets * _BUCKET_COPIES if plan.updates_in_rows else params
     update = _Height(activations=0, working=working * _FLOAT32, gradients=gradients)
     heights = [update]

@@ -112,7 +112,7 @@ class TrainedLora(Trained):
     def attach(self, transformer: ZImageTransformer, *, start: Path | None) -> LoraReport:
         report = apply_lora(transformer, self._settings)
         if start is not None:
-            start_from_(transformer, load_lora(start, linear_names(transformer)), self._settings)
+            start_from_(transformer, load_lora(start, linear_names(transformer)), self._settings, path="/init_lora")
         return report
 
     def created(self, report: LoraReport) -> AdapterCreated:

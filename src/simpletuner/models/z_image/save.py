@@ -51,9 +51,12 @@ def save_transformer(
                 (partial / f"{_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
             for name, shard in zip(names, shards, strict=True):
                 write_tensors(partial / name, shard, {"format": "pt"})
+            replaced = folder.with_name(f".{folder.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.replace(replaced)
             partial.replace(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
