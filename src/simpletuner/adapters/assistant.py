@@ -12,17 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from simpletuner.adapters.files import load_lora
-from simpletuner.adapters.lora import (
-    ADAPTER_NAME,
-    LoraReport,
-    LoraSettings,
-    activate_,
-    apply_lora,
-    set_scale,
-    start_from_,
-)
-from simpletuner.adapters.targets import linear_names
+from simpletuner.adapters.frozen import attach_frozen
+from simpletuner.adapters.lora import ADAPTER_NAME, LoraReport, activate_, set_scale
 
 ASSISTANT_NAME = "assistant"
 
@@ -34,13 +25,7 @@ def attach_assistant(model: nn.Module, file: Path, *, dtype: torch.dtype) -> Lor
         ConfigError: the file adapts a module that the model lacks.
         ModelError: the file is damaged, holds something else than LoRA, or is for another model.
     """
-    assistant = load_lora(file, linear_names(model))
-    # Modules may differ in rank and alpha: the largest rank holds them all, and `start_from_` keeps their scales.
-    rank = max(t.shape[0] for key, t in assistant.tensors.items() if key.endswith(".lora_A.weight"))
-    settings = LoraSettings(rank=rank, alpha=rank, targets=tuple(assistant.scales))
-    report = apply_lora(model, settings, dtype=dtype, adapter_name=ASSISTANT_NAME, option="/assistant_lora_path")
-    start_from_(model, assistant, settings, ASSISTANT_NAME)
-    model.requires_grad_(False)
+    _, report = attach_frozen(model, file, dtype=dtype, adapter_name=ASSISTANT_NAME, option="/assistant_lora_path")
     return report
 
 

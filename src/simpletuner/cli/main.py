@@ -15,7 +15,7 @@ from simpletuner import __version__
 from simpletuner.i18n import choose_language, text
 from simpletuner.problems import ExitCode, Fix, Problem, SimpletunerError
 
-COMMANDS = ("train", "estimate", "config", "examples", "runs")
+COMMANDS = ("train", "generate", "estimate", "config", "examples", "runs")
 """Each is a module of this folder with `run(argv, language) -> exit code`."""
 
 _HELP_FLAGS = ("-h", "--help", "help")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.root import Config
-from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.progress import Reporter
 from simpletuner.models.files import WeightFiles
 from simpletuner.models.z_image.load import load_transformer
 from simpletuner.models.z_image.transformer import ZImageTransformer
@@ -16,7 +16,7 @@ from simpletuner.train.kept import keep_transformer, kept_path, load_kept_transf
 from simpletuner.train.offload import stream_conversion, transformer_stream
 
 
-def load_trained_model(config: Config, *, files: WeightFiles, compute: Compute, run: RunRecorder) -> ZImageTransformer:
+def load_trained_model(config: Config, *, files: WeightFiles, compute: Compute, run: Reporter) -> ZImageTransformer:
     """From the model's files, or from the quantised form that an earlier start has kept."""
     memory, precision = config.memory, config.memory.base_model_precision
     folder, keeps = memory.quantized_model_dir, PRECISIONS[precision].keeps_plain_parts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.sections.memory import MemorySection
-from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.progress import Reporter
 from simpletuner.events.types import ProblemReported, SettingOverridden
 from simpletuner.hardware.memory import available_ram_bytes
 from simpletuner.memory.groups import GroupSettings, StreamPlan, choose_groups, plan_stream
@@ -264,7 +264,7 @@ def stream_conversion(stream: ModelStream, builder: StreamBuilder, *, quantise_o
     )
 
 
-def announce_offload(memory: MemorySection, files: WeightFiles, compute: Compute, run: RunRecorder) -> None:
+def announce_offload(memory: MemorySection, files: WeightFiles, compute: Compute, run: Reporter) -> None:
     """Say what the offload of the trained model comes to, before anything is loaded.
 
     Raises:

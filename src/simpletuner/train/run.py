@@ -14,7 +14,6 @@ import torch
 
 from simpletuner.adapters.files import LORA_FILE_NAME, save_lora
 from simpletuner.adapters.lora import disabled
-from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config, options
 from simpletuner.data.loader import Latents, iterate_batches
@@ -24,10 +23,7 @@ from simpletuner.data.sampler import Sampler
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
 from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, Event, ProblemReported, RunPlanned
-from simpletuner.models.hub import Download
 from simpletuner.models.places import public_name
-from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
-from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.optim.schedules import schedule_problems
 from simpletuner.optim.settings import state_layout
 from simpletuner.optim.state import averaged_weights, optimizer_state, restore_optimizer_
@@ -51,6 +47,7 @@ from simpletuner.train.checkpoint import (
     total_bytes,
 )
 from simpletuner.train.device import Compute, choose_compute, choose_device, device_name
+from simpletuner.train.find import find_model
 from simpletuner.train.images import Validator
 from simpletuner.train.loop import Ending, LoopSettings, run_loop
 from simpletuner.train.offload import announce_offload
@@ -143,7 +140,7 @@ class _Run:
             compute = self._choose_compute()
             recipe = self._recipe(plan)
             start_step = self._check_checkpoint(checkpoint, recipe)
-            files, assistant_file = self._find_model()
+            files, assistant_file = find_model(config, run)
             announce_offload(config.memory, files.transformer, compute, run)
             account = Account(config, self._loaded.datasets, device=compute.device, records=self._measurements)
             self._account = account
@@ -241,36 +238,6 @@ class _Run:
         if override is not None:
             self._run.emit(override)
         return compute
-
-    def _find_model(self) -> tuple[PipelineFiles, Path | None]:
-        """The files of the model, and of the assistant adapter if one is to be used."""
-        model, adapter = self._config.model, self._config.adapter
-        with self._run.phase("download", unit="bytes") as progress:
-
-            def on_download(download: Download) -> None:
-                progress.update(download.done_bytes, total=download.size_bytes, detail=download.repo)
-
-            files = resolve_pipeline(
-                model.pretrained_model_name_or_path,
-                spec=Z_IMAGE,
-                revision=model.revision,
-                variant=model.variant,
-                transformer=model.pretrained_transformer_model_name_or_path,
-                transformer_subfolder=model.pretrained_transformer_subfolder,
-                vae=model.pretrained_vae_model_name_or_path,
-                companion=FLAVOURS[model.model_flavour].repository,
-                on_download=on_download,
-            )
-            if adapter.assistant_lora_path is None or adapter.disable_assistant_lora:
-                return files, None
-            assistant_file = resolve_file(
-                adapter.assistant_lora_path,
-                file_name=adapter.assistant_lora_weight_name or LORA_FILE_NAME,
-                part="assistant adapter",
-                option="assistant_lora_path",
-                on_download=on_download,
-            )
-        return files, assistant_file
 
     def _recipe(self, plan: Plan) -> Recipe:
         config, lora = self._config, lora_settings(self._config)
