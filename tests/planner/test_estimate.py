@@ -191,3 +191,22 @@ def test_automatic_recomputation_and_inputs_on_the_host(load_example):
     saved = whole.device_bytes - moved.device_bytes
     assert 0.6 * GB < saved < 1.0 * GB  # gradients come in their place
     assert moved.host_bytes - whole.host_bytes > saved
+
+
+def test_the_assistant_counts_with_its_own_rank_and_where_it_is(tmp_path, load_example):
+    path = tmp_path / "assistant.safetensors"
+
+    def adapter_bytes(rank, mode, phase):
+        header = {"layers.0.attention.to_q.lora_A.weight": {"dtype": "F32", "shape": [rank, 8], "data_offsets": [0, 0]}}
+        raw = json.dumps(header).encode()
+        path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+        words = ("--assistant_lora_path", str(path), "--assistant_lora_mode", mode)
+        loaded = load_example("z-image-turbo.lora-24gb", *words)
+        found = estimate_memory(plan_input(loaded.config, loaded.datasets, CARD)).phase(phase)
+        return next(part.num_bytes for part in found.device if part.name == "adapter")
+
+    own = adapter_bytes(8, "merged", "training")
+    one, two = adapter_bytes(8, "live", "training") - own, adapter_bytes(16, "live", "training") - own
+    assert 0 < one == two - one
+    assert adapter_bytes(16, "merged", "training") == own
+    assert adapter_bytes(16, "merged", "validation") == own + two

@@ -179,6 +179,14 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str = ADAPTER_NAME) 
         layer.strengths[adapter_name] = scale
 
 
+def move_adapter_(model: nn.Module, device: torch.device | str, adapter_name: str) -> None:
+    """Put the adapter's weights on `device`, wherever the model is. Elsewhere than where the model computes it must not
+    act: its strength has to be 0."""
+    for _, layer in _lora_layers(model, adapter_name):
+        layer.lora_A[adapter_name].to(device)
+        layer.lora_B[adapter_name].to(device)
+
+
 def _lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear) and adapter_name in module.scales:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from simpletuner.adapters.files import LORA_FILE_NAME, load_lora
-from simpletuner.adapters.frozen import attach_frozen
+from simpletuner.adapters.frozen import attach_frozen, load_fitting
 from simpletuner.adapters.lora import LoraSettings, activate_, set_scale, start_from_
 from simpletuner.adapters.targets import linear_names
 from simpletuner.events.paths import RunDirectory
@@ -96,7 +96,8 @@ class AdapterStack:
         self._loaded = [adapter.file for adapter in adapters]
         self.modules: frozenset[str] = frozenset()
         for name, adapter in zip(self._names, adapters, strict=True):
-            settings, report = attach_frozen(model, adapter.file, dtype=dtype, adapter_name=name, option="/lora")
+            lora = load_fitting(model, adapter.file, option="/lora")
+            settings, report = attach_frozen(model, lora, dtype=dtype, adapter_name=name, option="/lora")
             self._settings.append(settings)
             self.modules |= frozenset(report.modules)
         activate_(model, self._names)

@@ -44,6 +44,25 @@ class Conversion:
     ready: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """A low-rank change of weights as they are read: the weight of the module `name` becomes W + up @ down, in float32.
+
+    `pairs`: name -> (down [rank, in], up [out, rank]). `key` stands for all of it where results are kept.
+    """
+
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    key: str
+
+    def added(self, name: str, weight: Tensor) -> Tensor:
+        """The changed weight [out, in] of module `name`, float32 on its device; one that has no change as it is."""
+        pair = self.pairs.get(name)
+        if pair is None:
+            return weight
+        down, up = (factor.to(weight.device, torch.float32) for factor in pair)
+        return torch.addmm(weight.float(), up, down)
+
+
 def quantising(layers: frozenset[str], quantise: Callable[[Tensor], nn.Module], *, on_device: bool) -> Conversion:
     """The conversion that calls `quantise(weight)` for each of `layers`."""
     return Conversion(layers=layers, make=lambda name, weight: quantise(weight), on_device=on_device)
@@ -66,12 +85,14 @@ def load_weights_(
     dtype: torch.dtype,
     device: torch.device,
     conversion: Conversion | None = None,
+    addition: Addition | None = None,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Replace every parameter and persistent buffer of `module`, made on the meta device, by the stored ones.
 
-    They arrive frozen, on `device`; floating-point ones in `dtype`, but for the layers of `conversion`. Everything is
-    checked before anything is read; beside what is loaded, one tensor at a time is in memory.
+    They arrive frozen, on `device`; floating-point ones in `dtype`, but for the layers of `conversion`. What `addition`
+    adds is added before either, where the layer will be made. Everything is checked before anything is read; beside
+    what is loaded, one tensor at a time is in memory.
 
     Raises:
         ModelError: a file is damaged, or what is stored and what the module has differ; every difference at once.
@@ -88,6 +109,9 @@ def load_weights_(
             place_module_(module, layer, conversion.make(layer, weight))
     for name, tensor, done_bytes in _read_all(plan):
         layer = _layer_of(name)
+        if addition is not None and layer in addition.pairs:
+            on_device = conversion is None or layer not in converted or conversion.on_device
+            tensor = addition.added(layer, tensor.to(device) if on_device else tensor)
         if conversion is not None and layer in converted:
             place_module_(module, layer, _convert(module, layer, tensor, conversion, device))
         else:

@@ -16,12 +16,16 @@ DeviceKind = Literal["cpu", "cuda", "mps"]
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A LoRA: its rank and the patterns of what it adapts. `weight_bytes` of one element."""
+    """A LoRA: its rank and the patterns of what it adapts. `weight_bytes` of one element.
+
+    `only_in_images`: it is merged into the weights, and its own wait in main memory for the images.
+    """
 
     rank: int
     targets: tuple[str, ...]
     weight_bytes: int = 4
     dropout: bool = False
+    only_in_images: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

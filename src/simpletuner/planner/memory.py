@@ -201,14 +201,15 @@ def _training(plan: PlanInput) -> Phase:
     params = adapter_params(plan, plan.adapter)
     device = (
         Part(name="weights", num_bytes=resident_weights(plan)),
-        Part(name="adapter", num_bytes=_adapter_bytes(plan)),
+        Part(name="adapter", num_bytes=_adapter_bytes(plan, in_images=False)),
         Part(name="optimizer", num_bytes=round(params * plan.state_bytes)),
         Part(name="gradients", num_bytes=height.gradients),
         Part(name="activations", num_bytes=height.activations),
         Part(name="working", num_bytes=height.working + _holes(plan)),
         Part(name="contexts", num_bytes=_context_bytes(plan)),
     )
-    host = [Part(name="weights", num_bytes=held_weights(plan))]
+    waiting = _adapter_bytes(plan, in_images=True) - _adapter_bytes(plan, in_images=False)
+    host = [Part(name="weights", num_bytes=held_weights(plan)), Part(name="adapter", num_bytes=waiting)]
     if plan.inputs_on_host:
         recomputed = sum(_is_recomputed(plan, index) for index in range(plan.sizes.transformer.n_layers))
         host.append(Part(name="activations", num_bytes=recomputed * block_memory(plan).entry))
@@ -223,7 +224,7 @@ def _validation(plan: PlanInput, picture: Picture) -> Phase:
     decoding = vae_weights(plan) + decode_bytes(plan, picture)
     device = [
         Part(name="weights", num_bytes=resident_weights(plan)),
-        Part(name="adapter", num_bytes=_adapter_bytes(plan)),
+        Part(name="adapter", num_bytes=_adapter_bytes(plan, in_images=True)),
         Part(name="optimizer", num_bytes=round(params * plan.state_bytes)),
         Part(name="contexts", num_bytes=_context_bytes(plan)),
     ]
@@ -268,8 +269,9 @@ def decode_bytes(plan: PlanInput, picture: Picture) -> int:
     return 3 * channels[min(1, len(channels) - 1)] * tile * plan.vae_bytes + 3 * pixels * _FLOAT32
 
 
-def _adapter_bytes(plan: PlanInput) -> int:
-    adapters = [plan.adapter, *([plan.assistant] if plan.assistant else [])]
+def _adapter_bytes(plan: PlanInput, *, in_images: bool) -> int:
+    """What adapters take on the device, while images are made or while training."""
+    adapters = [a for a in (plan.adapter, plan.assistant) if a is not None and (in_images or not a.only_in_images)]
     return sum(adapter_params(plan, adapter) * adapter.weight_bytes for adapter in adapters)
 
 

@@ -14,6 +14,8 @@ from simpletuner.catalog.precisions import Precision
 
 MODULATION_WIDTH = 256
 TIME_HIDDEN = 1024
+_DOWN_SUFFIXES = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight")
+_MOST_HEADER_BYTES = 100 << 20
 PATCH_VALUES = 4  # latents of a channel in one token
 
 _S = TypeVar("_S")
@@ -203,6 +205,18 @@ def read_sizes(folder: str | None, *, transformer: str | None = None, subfolder:
         vae=_known(VaeSizes, _read_json(root / "vae" / "config.json") or {}),
         is_read=found is not None,
     )
+
+
+def lora_rank(file: Path) -> int | None:
+    """The largest rank of a LoRA in safetensors format, from the shapes in its header; None if it cannot be told."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, _MOST_HEADER_BYTES)))
+        downs = [entry["shape"] for key, entry in header.items() if key.endswith(_DOWN_SUFFIXES)]
+        return max((int(shape[0]) for shape in downs), default=None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
 
 
 def _known(kind: type[_S], config: Mapping[str, Any]) -> _S:

@@ -19,6 +19,7 @@ from simpletuner.adapters.lora import (
     adapter_state,
     apply_lora,
     load_adapter_state,
+    move_adapter_,
     set_scale,
     start_from_,
     trainable_parameters,
@@ -29,7 +30,7 @@ from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.root import Config
 from simpletuner.data.prompts import PromptStore
-from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.progress import Reporter
 from simpletuner.events.types import AdapterCreated, ModelLoaded
 from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles
@@ -38,20 +39,13 @@ from simpletuner.models.z_image.transformer import ZImageTransformer, velocity
 from simpletuner.optim.build import build_optimizer
 from simpletuner.optim.schedules import ScheduleSettings
 from simpletuner.optim.settings import OptimizerSettings
+from simpletuner.train.assist import Assistant
 from simpletuner.train.context import ContextCache
 from simpletuner.train.device import Compute
 from simpletuner.train.flow import FlowSettings
 from simpletuner.train.load import load_trained_model
 from simpletuner.train.recompute import apply_recomputation
 from simpletuner.train.step import StepSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class AssistantStrengths:
-    """How much an assistant adapter counts in training steps and in validation images."""
-
-    training: float
-    sampling: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +57,7 @@ class Training:
     sampling_contexts: ContextCache  # as `contexts`, for the strengths of validation
     adapter: LoraReport
     lora: LoraSettings
-    assistant: AssistantStrengths | None
+    assistant: Assistant | None
     params: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
     compute: Compute
@@ -80,11 +74,16 @@ class Training:
     @contextmanager
     def sampling(self, strength: float) -> Iterator[None]:
         """For images: the trained adapter counts `strength` times, the assistant as little as it shall there."""
-        self._set_strengths(strength, self.assistant.sampling if self.assistant else 0.0)
+        assistant = self.assistant
+        if assistant is not None and assistant.is_merged and assistant.sampling:
+            move_adapter_(self.transformer, self.compute.device, ASSISTANT_NAME)
+        self._set_strengths(strength, assistant.sampling if assistant else 0.0)
         try:
             yield
         finally:
-            self._set_strengths(1.0, self.assistant.training if self.assistant else 0.0)
+            self._set_strengths(1.0, assistant.training if assistant else 0.0)
+            if assistant is not None and assistant.is_merged:
+                move_adapter_(self.transformer, "cpu", ASSISTANT_NAME)
 
     def _set_strengths(self, trained: float, assistant: float) -> None:
         set_scale(self.transformer, trained)
@@ -101,14 +100,20 @@ def build_training(
     config: Config,
     *,
     files: PipelineFiles,
-    assistant_file: Path | None,
+    assistant: Assistant | None,
     prompts: PromptStore,
     compute: Compute,
-    run: RunRecorder,
+    run: Reporter,
 ) -> Training:
     """Load the transformer, then attach the assistant adapter, if there is one, and what is trained."""
     begun = time.monotonic()
-    transformer = load_trained_model(config, files=files.transformer, compute=compute, run=run)
+    transformer = load_trained_model(
+        config,
+        files=files.transformer,
+        compute=compute,
+        run=run,
+        addition=assistant.addition if assistant is not None else None,
+    )
     precision = config.memory.base_model_precision
     run.emit(
         ModelLoaded(
@@ -118,17 +123,14 @@ def build_training(
             seconds=time.monotonic() - begun,
         )
     )
-    assistant = None
-    if assistant_file is not None:
-        options = config.adapter
-        attach_assistant(transformer, assistant_file, dtype=compute.weights)
-        assistant = AssistantStrengths(
-            training=options.assistant_lora_strength, sampling=options.assistant_lora_inference_strength
-        )
+    if assistant is not None:
+        attach_assistant(transformer, assistant.lora, dtype=compute.weights)
     lora = lora_settings(config)
     adapter = apply_lora(transformer, lora)
     if assistant is not None:
         activate_with_assistant_(transformer, strength=assistant.training)
+        if assistant.is_merged:
+            move_adapter_(transformer, "cpu", ASSISTANT_NAME)
     run.emit(
         AdapterCreated(
             num_params=adapter.num_params,

@@ -7,6 +7,7 @@ from pathlib import Path
 from simpletuner.adapters.files import LORA_FILE_NAME
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.root import Config
+from simpletuner.config.sections.adapter import has_assistant
 from simpletuner.events.progress import Reporter
 from simpletuner.models.hub import Download, OnDownload
 from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
@@ -45,7 +46,7 @@ def find_pipeline(config: Config, on_download: OnDownload) -> PipelineFiles:
 
 def _find_assistant(config: Config, on_download: OnDownload) -> Path | None:
     adapter = config.adapter
-    if adapter.assistant_lora_path is None or adapter.disable_assistant_lora:
+    if adapter.assistant_lora_path is None or not has_assistant(adapter):
         return None
     return resolve_file(
         adapter.assistant_lora_path,

@@ -30,6 +30,7 @@ from simpletuner.optim.state import averaged_weights, optimizer_state, restore_o
 from simpletuner.planner.estimate import Estimate
 from simpletuner.problems import ConfigError, ExitCode, Severity, SimpletunerError
 from simpletuner.train.account import Account
+from simpletuner.train.assist import read_assistant
 from simpletuner.train.build import (
     Training,
     build_training,
@@ -141,7 +142,9 @@ class _Run:
             recipe = self._recipe(plan)
             start_step = self._check_checkpoint(checkpoint, recipe)
             files, assistant_file = find_model(config, run)
-            announce_offload(config.memory, files.transformer, compute, run)
+            assistant = read_assistant(config, assistant_file, files.transformer)
+            key = assistant.key if assistant is not None else ""
+            announce_offload(config.memory, files.transformer, compute, run, addition_key=key)
             account = Account(config, self._loaded.datasets, device=compute.device, records=self._measurements)
             self._account = account
             account.look_at(plan, total_steps)
@@ -172,7 +175,7 @@ class _Run:
             account.before_model()
             account.meter.enter("load")
             training = build_training(
-                config, files=files, assistant_file=assistant_file, prompts=prompts, compute=compute, run=run
+                config, files=files, assistant=assistant, prompts=prompts, compute=compute, run=run
             )
             validator = Validator(
                 config,
