@@ -366,3 +366,12 @@ def catalog_of(language: str, area: str) -> dict[str, str]:
     texts = json.loads(path.read_text(encoding="utf-8"))
     assert all(known[key] == text for key, text in texts.items())
     return texts
+
+
+def test_the_loss_of_regularisation_has_a_figure_of_its_own(story):
+    steps = [record for record in story if isinstance(record.event, t.StepFinished)]
+    told = [replace(record, event=replace(record.event, regularisation_loss=0.25)) for record in steps]
+    narrator = Narrator("en")
+    lines = [line.text for record in told for line in narrator.tell(record)]
+    assert lines
+    assert all("loss=0.5000 reg=0.2500 lr=" in line for line in lines)

@@ -133,6 +133,8 @@ class Narrator:
             f"grad={event.grad_norm:.3g}",
             f"s_it={event.step_seconds:.3g}",
         ]
+        if self.view.regularisation_loss is not None:
+            parts.insert(2, f"reg={self.view.regularisation_loss:.4f}")
         if event.peak_memory_bytes is not None:
             parts.append(f"vram_gb={event.peak_memory_bytes / 1e9:.1f}")
         if event.step < event.total and (remaining_s := self.view.remaining_s()) is not None:

@@ -234,6 +234,7 @@ class StepFinished(Event):
     samples: int  # in the global batch of this update
     data_seconds: float | None = None  # of step_seconds, waiting for data
     sigma_mean: float | None = None
+    regularisation_loss: float | None = None  # mean over the samples of regularisation datasets; None without any
     peak_memory_bytes: int | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -127,4 +128,5 @@ def _step_event(
         samples=result.num_samples,
         data_seconds=data_seconds,
         sigma_mean=result.mean_sigma,
+        regularisation_loss=None if math.isnan(result.regularisation_loss) else result.regularisation_loss,
     )
