@@ -40,8 +40,7 @@ _RESULT_VALUES = """
     peft_lora_mode=standard lora_init_type=default singlora_ramp_up_steps init_lokr_norm
     flow_cubic_schedule_weights flow_custom_timesteps distillation_method distillation_config tread_config
     diffusion_blocks_config input_perturbation timestep_bias_strategy scheduled_sampling_max_step_offset
-    scheduled_sampling_probability prediction_type=flow_matching 
-    qwen_text_encoder_model_name_or_path
+    scheduled_sampling_probability prediction_type=flow_matching
 """
 _MEMORY_FLAGS = """
     quantize_activations vae_enable_patch_conv offload_during_save optimizer_release_gradients

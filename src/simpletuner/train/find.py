@@ -39,6 +39,7 @@ def find_pipeline(config: Config, on_download: OnDownload) -> PipelineFiles:
         transformer=model.pretrained_transformer_model_name_or_path,
         transformer_subfolder=model.pretrained_transformer_subfolder,
         vae=model.pretrained_vae_model_name_or_path,
+        text_encoder=model.qwen_text_encoder_model_name_or_path,
         companion=FLAVOURS[model.model_flavour].repository,
         on_download=on_download,
     )
