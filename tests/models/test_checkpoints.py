@@ -262,3 +262,17 @@ def test_a_transformer_in_the_root_of_a_folder(
     files = resolve(transformer=str(folder), transformer_subfolder=subfolder)
     loaded = load_transformer(files.transformer, dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_folder_with_nothing_but_one_file_means_that_file(
+    resolve: Any, tensors: dict[str, Tensor], tmp_path: Path, count: int
+) -> None:
+    path = safetensors(to_comfy(tensors), tmp_path)
+    if count == 1:
+        assert resolve(transformer=str(tmp_path)).transformer.shards == (path,)
+        return
+    shutil.copy(path, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError) as caught:
+        resolve(transformer=str(tmp_path))
+    assert caught.value.problems[0].code == "E-MODEL-LAYOUT"

@@ -119,6 +119,7 @@ def guidance_suits_the_flavour(c: Config, origins: Origins) -> Problem | None:
     if c.validation.validation_disable or low <= value <= high:
         return None
     params = {"value": f"{value:g}", "low": f"{low:g}", "high": f"{high:g}", "flavour": flavour.name}
+    params["usual"] = f"{1 + value:g}"
     fixes = (short_fix("validation_guidance", flavour.validation_guidance),)
     return Problem(code="W-GUIDANCE", severity=_WARNING, params=params, fixes=fixes)
 

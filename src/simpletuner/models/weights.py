@@ -205,11 +205,15 @@ def _weights(place: Place, root: Path, part: Part, access: Access) -> WeightFile
 def _elsewhere(place: Place, candidates: Sequence[Part], main_root: Path, own: Part, access: Access) -> WeightFiles:
     """A part that another place gives: a single file, or the first of `candidates` that the place has.
 
-    A single file takes its sizes from the config.json beside it, else from the main pipeline's.
+    A single file takes its sizes from the config.json beside it, else from the main pipeline's. So does the only file
+    of a place that has no config.json where the part should be.
     """
     if not place.is_single_file:
         root = _open(place, candidates, _CONFIG_PATTERNS, access, alternatives=True)
         present = _present(root, candidates, alternatives=True)
+        only = None if present else _only_file(place, root, own, access)
+        if only is not None:
+            return _elsewhere(only, candidates, main_root, own, access)
         return _weights(place, root, present[0] if present else candidates[0], access)
     path = _single_file(place, own.name, access)
     beside = path.parent / "config.json"
@@ -217,6 +221,19 @@ def _elsewhere(place: Place, candidates: Sequence[Part], main_root: Path, own: P
         return WeightFiles(part=own.name, config_path=beside, shards=(path,))
     read_part_config(main_root, own)
     return WeightFiles(part=own.name, config_path=main_root / own.inside("config.json"), shards=(path,))
+
+
+def _only_file(place: Place, root: Path, own: Part, access: Access) -> Place | None:
+    """The one weight file of a place that is no pipeline and no folder of a part; None if it has several, or none."""
+    if any((root / folder / "config.json").is_file() for folder in ("", own.name)):
+        return None
+    found = root.iterdir() if place.repo is None else map(Path, file_names(access.hub, place.repo))
+    names = [
+        path.name for path in found if path.suffix == WEIGHTS_SUFFIX and (place.repo is None or len(path.parts) == 1)
+    ]
+    if len(names) != 1:
+        return None
+    return replace(place, file=names[0]) if place.repo is not None else replace(place, path=root / names[0])
 
 
 def _single_file(place: Place, part: str, access: Access) -> Path:

@@ -116,6 +116,19 @@ def make_images(
 
     `on_progress` is told after each sampling step how many images it moved.
     """
+    latents = sample_latents(requests, engine=engine, settings=settings, on_progress=on_progress)
+    return [to_image(engine.decode(latent[None])[0]) for latent in latents]
+
+
+@torch.no_grad()
+def sample_latents(
+    requests: Sequence[ImageRequest],
+    *,
+    engine: ImageEngine,
+    settings: SamplingSettings,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> list[Tensor]:
+    """The clean latents [C, h, w] of images of any sizes, sampled in one packed call."""
     noise = [
         draw_noise(request.size, request.seed, channels=engine.latent_channels, factor=engine.px_per_latent).to(
             engine.device
@@ -124,7 +137,7 @@ def make_images(
     ]
     context = engine.context_of([request.prompt.text for request in requests])
     negative = engine.context_of([settings.negative_prompt] * len(requests)) if settings.guidance > 0 else None
-    latents = sample(
+    return sample(
         engine.velocity,
         noise,
         context,
@@ -133,7 +146,6 @@ def make_images(
         guidance=Guidance(scale=settings.guidance),
         on_step=lambda _: on_progress(len(requests)),
     )
-    return [to_image(engine.decode(latent[None])[0]) for latent in latents]
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:
