@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def checkpoint_files(run_dir: Path) -> dict[str, Path]:
 
 
 def complete_axis(axis: Axis, adapters: Sequence[FoundAdapter]) -> Axis:
-    """Checkpoints that are not named are the base, all that the run has, and its end; those named must be there.
+    """Checkpoints that are not named are the base, all that the run has, and its end if it is another; those named must
+    be there.
 
     Raises:
         ConfigError: not exactly one adapter is a run's, or the run has no such checkpoint.
@@ -75,7 +77,8 @@ def complete_axis(axis: Axis, adapters: Sequence[FoundAdapter]) -> Axis:
     if len(of_runs) != 1:
         raise ConfigError(Problem(code="E-GENERATE-CHECKPOINTS", params={"count": len(of_runs)}, origin="--grid"))
     run = of_runs[0]
-    has_end = run.file not in run.checkpoints.values()
+    newest = list(run.checkpoints.values())[-1]
+    has_end = not filecmp.cmp(run.file, newest, shallow=False)
     known = (BASE, *run.checkpoints, *([LAST] if has_end else []))
     for value in axis.values:
         if value not in (*known, LAST):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -42,7 +43,8 @@ def draw_sheet(rows: Sequence[Row], *, title: str, note: str, headings: Sequence
     """The table. `headings` are above the columns, `title` and the grey `note` above everything."""
     title_font, font = ImageFont.load_default(_TITLE_SIZE), ImageFont.load_default(_TEXT_SIZE)
     num_columns = max(len(row.cells) for row in rows)
-    left_px = _MARGIN_PX + (_LABEL_PX + _MARGIN_PX if any(row.label or row.note for row in rows) else 0)
+    label_px = min(_LABEL_PX, max(math.ceil(font.getlength(text)) for row in rows for text in (row.label, row.note)))
+    left_px = _MARGIN_PX + (label_px + _MARGIN_PX if label_px else 0)
     cell_px = _cell_side(rows, num_columns, left_px)
     width = left_px + num_columns * (cell_px + _MARGIN_PX)
     drawn = [_draw_row(row, cell_px, left_px, width, font) for row in rows]
