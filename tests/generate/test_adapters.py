@@ -8,6 +8,7 @@ import torch
 from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, save_lora
 from simpletuner.generate.adapters import AdapterStack, FoundAdapter, complete_axis, find_adapter
 from simpletuner.generate.request import AdapterChoice, parse_axis
+from simpletuner.generate.run import free_number
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import ConfigError
 
@@ -96,3 +97,10 @@ def test_what_is_not_there_is_told(run_dir, code, language):
     assert problem.code == code
     told = " ".join(map(str, render_problem(problem, language)))
     assert all(word in told for word in words), told
+
+
+def test_numbers_go_on_where_files_are(tmp_path):
+    assert free_number(tmp_path / "none") == 1
+    for name in ("0002_a.png", "0011_sheet.png", "12_b.png", "other.png"):
+        (tmp_path / name).touch()
+    assert free_number(tmp_path) == 12

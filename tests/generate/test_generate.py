@@ -86,15 +86,3 @@ def test_an_image_tells_how_it_was_made(trained):
     assert text.startswith("a blue square\n")
     assert "CFG scale: 2.5" in text and "Seed: 9" in text
     assert str(trained.root) not in text + json.dumps(told)
-    again = generate(trained, *words, "--cfg", "2.5", "--size", "128x96", "-o", "images", "--mixed_precision", "no")
-    assert again["images"][0]["path"] == "images/0002_a_blue_square.png"
-    assert np.array_equal(pixels(trained.root / image["path"]), pixels(trained.root / again["images"][0]["path"]))
-
-
-def test_a_run_without_checkpoints_has_none_to_compare(trained):
-    done = trained.run("generate", "--flavour", "demo", "-p", "x", "--grid", "checkpoint")
-    assert done.returncode == 2
-    assert "E-GENERATE-CHECKPOINTS" in done.stderr
-    done = trained.run("generate", "output", "-p", "x", "--grid", "checkpoint=3")
-    assert "E-GENERATE-CHECKPOINT " in done.stderr
-    assert "base, 2, 4." in done.stderr

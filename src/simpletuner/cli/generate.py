@@ -110,7 +110,7 @@ def _load(words: Sequence[str], cfg: float | None) -> LoadedConfig:
     written = [_long_flag(word) for word in words]
     if cfg is not None:
         written += ["--validation_guidance", f"{cfg - 1:.12g}"]
-    written += ["--validation_disable=false"]
+    written += ["--validation_disable=false", "--disable_assistant_lora=true"]  # that one is for training
     loaded = load_run_config(
         written, environ=os.environ, cwd=Path.cwd(), must_run=False, check_folders=False, must_train=False
     )

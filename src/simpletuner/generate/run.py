@@ -67,7 +67,7 @@ def generate(
     transformer.eval()
     free_memory(compute.device)
     vae = Vae(config, files=files, compute=compute, run=run)
-    first = _free_number(folder)
+    first = free_number(folder)
     number_of = {shot: first + index for index, shot in enumerate(shots)}
     made: dict[Shot, Made] = {}
     model = _model_name(config)
@@ -82,6 +82,12 @@ def generate(
                 made[shot] = Made(shot=shot, path=path, about=about)
                 on_image(made[shot])
     return [made[shot] for shot in shots]
+
+
+def free_number(folder: Path) -> int:
+    """One more than the highest number that a file there begins with."""
+    names = [path.name[:4] for path in folder.glob("[0-9][0-9][0-9][0-9]_*")] if folder.is_dir() else []
+    return max((int(name) for name in names), default=0) + 1
 
 
 def _sampled(
@@ -191,9 +197,3 @@ def _parameters(about: dict[str, object]) -> str:
         "Model": about["model"],
     }
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
-
-
-def _free_number(folder: Path) -> int:
-    """One more than the highest number that a file there begins with."""
-    names = [path.name[:4] for path in folder.glob("[0-9][0-9][0-9][0-9]_*")] if folder.is_dir() else []
-    return max((int(name) for name in names), default=0) + 1
