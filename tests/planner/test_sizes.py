@@ -74,3 +74,13 @@ def test_the_rank_of_a_file_is_the_largest_of_its_layers(tmp_path):
     assert lora_rank(tmp_path / "missing") is None
     (tmp_path / "page.html").write_text("<html>not a model</html>")
     assert lora_rank(tmp_path / "page.html") is None
+
+
+@pytest.mark.parametrize("inside", ["text_encoder", ""])
+def test_a_text_encoder_from_elsewhere_has_its_own_sizes(tmp_path, inside):
+    config = json.loads((DEMO / "text_encoder" / "config.json").read_text())
+    folder = tmp_path / inside
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 9}))
+    assert read_sizes(str(DEMO), text_encoder=str(tmp_path)).text_encoder.num_hidden_layers == 9
+    assert read_sizes(str(DEMO), text_encoder="owner/name") == read_sizes(str(DEMO))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from simpletuner.cli.report import print_problems
 from simpletuner.config.env import state_folder
 from simpletuner.config.load import LoadedConfig, load_run_config
+from simpletuner.config.names import closest, meaning_of
 from simpletuner.config.paths import shown_path
 from simpletuner.config.root import Config, options
 from simpletuner.config.settings import OriginKind
@@ -36,7 +37,7 @@ from simpletuner.generate.request import (
 )
 from simpletuner.i18n import text
 from simpletuner.models.places import find_place
-from simpletuner.problems import ConfigError, ModelError, Problem, Severity
+from simpletuner.problems import ConfigError, Fix, ModelError, Problem, Severity
 from simpletuner.validation.requests import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ _OPTION_FLAGS = {
 }
 """Flags of this command that are options of a run under a shorter name."""
 
+_OWN_FLAGS = ("--prompt", "--prompt-file", "--lora", "--grid", "--cfg", "--output", "--json")
 _SECTIONS = ("model", "memory", "validation")  # whose problems concern images
 _NOT_ABOUT_IMAGES = frozenset({"W-NO-PROMPT", "W-PLACEHOLDER"})
 _NO_ADAPTER = "none"
@@ -73,7 +75,8 @@ def run(argv: Sequence[str], language: str) -> int:
         return 0
     own, rest = _parser().parse_known_args(list(argv))
     axes = [parse_axis(written) for written in own.grid]
-    loaded = _load(rest, own.cfg)
+    _check_flags(rest)
+    loaded = _load(rest, own)
     choices = _choices(own.lora, loaded)
     _check_places(choices)
     config = loaded.config
@@ -105,11 +108,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(words: Sequence[str], cfg: float | None) -> LoadedConfig:
+def _check_flags(words: Sequence[str]) -> None:
+    """Raises ConfigError for flags that nobody knows and that look like one of this command."""
+    for word in words:
+        flag = word.partition("=")[0]
+        if not flag.startswith("--") or flag in _OPTION_FLAGS or meaning_of(flag).what != "unknown":
+            continue
+        own = (*_OPTION_FLAGS, *_OWN_FLAGS)
+        guess = closest(flag, (*own, *(f"--{name}" for name in options())))
+        if guess in own:
+            params = {"key": flag.lstrip("-"), "suggestion": guess.lstrip("-")}
+            fix = Fix(key=guess, value="...")
+            raise ConfigError(Problem(code="E-KEY-MISSPELT", params=params, origin=flag, fixes=(fix,)))
+
+
+def _load(words: Sequence[str], own: argparse.Namespace) -> LoadedConfig:
     """The configuration with this command's short flags as the options that they stand for."""
     written = [_long_flag(word) for word in words]
-    if cfg is not None:
-        written += ["--validation_guidance", f"{cfg - 1:.12g}"]
+    if own.cfg is not None:
+        written.append(f"--validation_guidance={own.cfg - 1:.12g}")
+    if own.prompt:
+        written.append(f"--validation_prompt={own.prompt[0]}")
     written += ["--validation_disable=false", "--disable_assistant_lora=true"]  # that one is for training
     loaded = load_run_config(
         written, environ=os.environ, cwd=Path.cwd(), must_run=False, check_folders=False, must_train=False

@@ -122,6 +122,8 @@ def model_sizes(config: Config) -> ModelSizes:
         model.pretrained_model_name_or_path,
         transformer=model.pretrained_transformer_model_name_or_path,
         subfolder=subfolder,
+        vae=model.pretrained_vae_model_name_or_path,
+        text_encoder=model.qwen_text_encoder_model_name_or_path,
     )
 
 
