@@ -104,3 +104,5 @@ def test_numbers_go_on_where_files_are(tmp_path):
     for name in ("0002_a.png", "0011_sheet.png", "12_b.png", "other.png"):
         (tmp_path / name).touch()
     assert free_number(tmp_path) == 12
+    (tmp_path / "10000_b.png").touch()
+    assert free_number(tmp_path) == 10001

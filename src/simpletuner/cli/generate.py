@@ -272,6 +272,7 @@ def _make(
         folder=folder,
         compute=compute,
         run=run,
+        on_image=(lambda _: None) if quiet else (lambda image: console.result(shown_path(image.path, Path.cwd()))),
     )
     return made, adapters, complete
 
@@ -285,8 +286,6 @@ def _print_result(made: Sequence[Made], sheet: Path | None, *, as_json: bool, la
         images = [{"path": str(item.path), **item.about} for item in made]
         print(json.dumps({"images": images, "sheet": str(sheet) if sheet else None}, ensure_ascii=False, indent=2))
         return
-    for item in made:
-        print(shown_path(item.path, Path.cwd()))
     if sheet is not None:
         print(text("generate.sheet", language, path=shown_path(sheet, Path.cwd())))
 
@@ -321,6 +320,11 @@ class _Console:
         """A line that stays."""
         self._clear()
         print(words, file=self._err, flush=True)
+
+    def result(self, words: str) -> None:
+        """A line of what was asked for, on standard output."""
+        self._clear()
+        print(words, flush=True)
 
     def _phase(self, event: RunPhase) -> None:
         if event.finished:

@@ -37,7 +37,7 @@ def write_sheet(
         note=" · ".join([model, *common] if is_one else common),
         headings=headings,
     )
-    path = made[0].path.with_name(f"{made[0].path.name[:4]}_sheet.png")
+    path = made[0].path.with_name(f"{made[0].path.name.partition('_')[0]}_sheet.png")
     with os_errors_as_problems(path):
         building = path.with_name(f".{path.name}")
         sheet.save(building, format="PNG")

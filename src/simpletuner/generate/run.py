@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from simpletuner.train.offload import announce_offload
 from simpletuner.train.prepare import Vae, fill_prompt_cache, free_memory
 from simpletuner.validation.generate import ImageEngine, SamplingSettings, grouped, make_images
 
+_NUMBERED = re.compile(r"(\d{4,})_")
 _BEFORE_BLOCKS = ("context_refiner.", "cap_embedder.")
 
 
@@ -57,6 +59,8 @@ def generate(
 ) -> list[Made]:
     """Make every shot and write it into `folder`; what was written before stays. In the order of `shots`.
 
+    Args:
+        on_image: told of each as soon as it is there.
     Raises:
         SimpletunerError: the model or an adapter cannot be used, or the folder cannot be written to.
     """
@@ -86,8 +90,8 @@ def generate(
 
 def free_number(folder: Path) -> int:
     """One more than the highest number that a file there begins with."""
-    names = [path.name[:4] for path in folder.glob("[0-9][0-9][0-9][0-9]_*")] if folder.is_dir() else []
-    return max((int(name) for name in names), default=0) + 1
+    found = (_NUMBERED.match(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return max((int(match[1]) for match in found if match), default=0) + 1
 
 
 def _sampled(
