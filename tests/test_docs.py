@@ -21,7 +21,7 @@ import pytest
 
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.catalog.optimizers import OPTIMIZER_SPELLINGS, OPTIMIZERS, REFUSED_OPTIMIZERS
-from simpletuner.cli import convert, extract, inspect, merge, plot, resize, runs
+from simpletuner.cli import convert, extract, generate, inspect, merge, plot, resize, runs
 from simpletuner.cli.help import explain
 from simpletuner.cli.main import COMMANDS
 from simpletuner.config.argv import parse_arguments
@@ -32,6 +32,7 @@ from simpletuner.config.names import meaning_of
 from simpletuner.config.root import options
 from simpletuner.config.search import example_names
 from simpletuner.events import types as event_types
+from simpletuner.generate.request import parse_adapter, parse_axis
 from simpletuner.i18n import catalog
 from simpletuner.problems import ConfigError, ExitCode
 
@@ -45,6 +46,7 @@ GUIDES = [
     ROOT / "docs" / "MEMORY.md",
     ROOT / "docs" / "FLOW.md",
     ROOT / "docs" / "FILES.md",
+    ROOT / "docs" / "GENERATE.md",
 ]
 TRANSLATIONS = [page.with_suffix(".es.md") for page in GUIDES]
 WRITTEN = [*GUIDES, *TRANSLATIONS]
@@ -171,7 +173,19 @@ def check_command(words: list[str]) -> None:
             _, _, rest = plot.own_words(rest[1:])
         if command == "estimate":
             rest = [word for word in rest if word != "--json"]
+        if command == "generate":
+            rest = check_generate(rest)
         check_options(check_config_action(rest) if command == "config" else rest)
+
+
+def check_generate(words: list[str]) -> list[str]:
+    """The words that mean options of a run, after those of `simpletuner generate`."""
+    own, rest = generate._parser().parse_known_args(words)
+    for axis in own.grid:
+        parse_axis(axis)
+    for adapter in own.lora:
+        parse_adapter(adapter)
+    return [generate._long_flag(word) for word in rest]
 
 
 def check_config_action(words: list[str]) -> list[str]:

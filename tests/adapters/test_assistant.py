@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from simpletuner.adapters.assistant import ASSISTANT_NAME, activate_with_assistant_, attach_assistant
+from simpletuner.adapters.assistant import ASSISTANT_NAME, OPTION, activate_with_assistant_, attach_assistant
 from simpletuner.adapters.files import LoraInfo, save_lora
+from simpletuner.adapters.frozen import load_fitting
 from simpletuner.adapters.lora import (
     LoraSettings,
     adapter_state,
@@ -16,6 +17,7 @@ from simpletuner.adapters.lora import (
     set_scale,
     trainable_parameters,
 )
+from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
 from simpletuner.problems import ModelError
 
@@ -31,6 +33,11 @@ def model() -> ZImageTransformer:
     for parameter in found.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return found.eval()
+
+
+def fitting(path):
+    """The file, found to fit the model."""
+    return load_fitting(model(), path, option=OPTION)
 
 
 def predict(transformer) -> torch.Tensor:
@@ -55,19 +62,20 @@ def assistant_file(tmp_path):
 def test_training_sees_the_assistant_and_sampling_does_not(assistant_file):
     base = predict(model())
     trained = model()
-    attach_assistant(trained, assistant_file, dtype=torch.float32)
+    attach_assistant(trained, fitting(assistant_file), dtype=torch.float32)
     with_assistant = predict(trained)
     apply_lora(trained, LoraSettings(rank=4, alpha=4.0, targets=TARGETS))
     activate_with_assistant_(trained, strength=1.0)
     assert not torch.allclose(with_assistant, base, atol=1e-3)
     assert torch.allclose(predict(trained), with_assistant, atol=1e-5)
     set_scale(trained, 0.0, ASSISTANT_NAME)
-    assert torch.allclose(predict(trained), base, atol=1e-5)
+    set_scale(trained, 0.0)
+    assert torch.equal(predict(trained), base)
 
 
 def test_only_the_other_adapter_is_trained_and_saved(assistant_file):
     trained = model()
-    attach_assistant(trained, assistant_file, dtype=torch.float32)
+    attach_assistant(trained, fitting(assistant_file), dtype=torch.float32)
     before = {key: tensor.clone() for key, tensor in adapter_state(trained, ASSISTANT_NAME).items()}
     apply_lora(trained, LoraSettings(rank=4, alpha=4.0, targets=TARGETS))
     activate_with_assistant_(trained, strength=1.0)
@@ -84,7 +92,7 @@ def test_only_the_other_adapter_is_trained_and_saved(assistant_file):
 
 def test_the_parent_of_regularisation_keeps_the_assistant(assistant_file):
     trained = model()
-    attach_assistant(trained, assistant_file, dtype=torch.float32)
+    attach_assistant(trained, fitting(assistant_file), dtype=torch.float32)
     with_assistant = predict(trained)
     apply_lora(trained, LoraSettings(rank=4, alpha=4.0, targets=TARGETS))
     activate_with_assistant_(trained, strength=1.0)
@@ -102,10 +110,28 @@ def test_an_assistant_of_another_model_is_refused(tmp_path):
         {"blocks.9.mixer.lora_A.weight": torch.zeros(2, 8), "blocks.9.mixer.lora_B.weight": torch.zeros(8, 2)},
         LoraInfo(rank=2, alpha=2.0),
     )
-    with pytest.raises(ModelError) as caught:
-        attach_assistant(model(), path, dtype=torch.float32)
-    assert caught.value.problems[0].code == "E-LORA-OTHER-MODEL"
-    assert "blocks.9.mixer" in str(caught.value)
+    for language in LANGUAGES:
+        with pytest.raises(ModelError) as caught:
+            fitting(path)
+        (problem,) = caught.value.problems
+        assert problem.code == "E-LORA-OTHER-MODEL"
+        title, hint = render_problem(problem, language)
+        assert "blocks.9.mixer" in title and str(path) in title and hint
+
+
+def test_an_assistant_of_another_size_is_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    name = "layers.0.attention.to_q"
+    save_lora(
+        path,
+        {f"{name}.lora_A.weight": torch.zeros(2, 64), f"{name}.lora_B.weight": torch.zeros(32, 2)},
+        LoraInfo(rank=2, alpha=2.0),
+    )
+    for language in LANGUAGES:
+        with pytest.raises(ModelError) as caught:
+            fitting(path)
+        assert caught.value.problems[0].code == "E-ADAPTER-SIZES"
+        assert f"{name}: 32x64 / 32x32" in render_problem(caught.value.problems[0], language)[0]
 
 
 def test_modules_of_different_rank_and_alpha_keep_their_own_strength(tmp_path):
@@ -122,6 +148,6 @@ def test_modules_of_different_rank_and_alpha_keep_their_own_strength(tmp_path):
             f"{stem}.alpha": torch.tensor(alpha),
         }
     save_file(contents, tmp_path / "assistant.safetensors")
-    attach_assistant(trained, tmp_path / "assistant.safetensors", dtype=torch.float32)
+    attach_assistant(trained, fitting(tmp_path / "assistant.safetensors"), dtype=torch.float32)
     assert torch.allclose(predict(trained), predict(merged), atol=1e-4)
     assert not torch.allclose(predict(trained), predict(model()), atol=1e-2)

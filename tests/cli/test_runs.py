@@ -77,13 +77,13 @@ def live() -> Iterator[Path]:
     process.wait()
 
 
-def a_run(path: str, *, steps: int = 3) -> Path:
+def a_run(path: str, *, steps: int = 3, **step_fields: float) -> Path:
     """A run that is done."""
     info = RunInfo(version="1", argv=())
     with RunRecorder.start(path, info=info, effective_config="{}\n") as recorder:
         recorder.emit(RunPlanned(**PLAN, total_steps=steps))
         for step in range(1, steps + 1):
-            recorder.emit(StepFinished(**STEP, step=step, total=steps))
+            recorder.emit(StepFinished(**STEP, **step_fields, step=step, total=steps))
         recorder.finish(output="weights.safetensors")
     return Path(path)
 
@@ -150,6 +150,13 @@ def test_show_tells_the_facts(live):
     assert facts["ended"].endswith("exit code 0")
     assert "process" not in facts
     assert "proceso" in call("show", language="es").out  # without a name: the one at work
+
+
+def test_show_tells_the_loss_of_regularisation_apart():
+    a_run("output/dog", regularisation_loss=0.25)
+    assert re.search(r"regularisation +0\.250", call("show", "dog").out)
+    a_run("output/cow")
+    assert "regularisation" not in call("show", "cow").out
 
 
 def test_show_takes_an_id_a_name_or_a_folder():

@@ -40,7 +40,7 @@ FILES = {
 }
 ELSEWHERE = {  # asserted where they come about
     "E-LYCORIS-TARGET", "E-LYCORIS-SIZE", "E-LYCORIS-MODULES", "E-LYCORIS-SHAPE", "E-LYCORIS-SCALE", "E-LYCORIS-KIND",
-    "E-LORA-DORA", "E-FULL-WEIGHTS", "E-LORA-OTHER-MODEL",
+    "E-LORA-DORA", "E-FULL-WEIGHTS",
 }  # fmt: skip
 
 

@@ -88,6 +88,11 @@ class Project:
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """Two small folders' worth of images in two aspects, batch 2, six steps, no validation."""
+    return make_project(tmp_path)
+
+
+def make_project(tmp_path: Path) -> Project:
+    """The project of the fixture, in a folder of the caller's."""
     images = tmp_path / "datasets" / "subject"
     images.mkdir(parents=True)
     for index in range(8):

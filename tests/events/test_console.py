@@ -366,3 +366,23 @@ def catalog_of(language: str, area: str) -> dict[str, str]:
     texts = json.loads(path.read_text(encoding="utf-8"))
     assert all(known[key] == text for key, text in texts.items())
     return texts
+
+
+def test_the_loss_of_regularisation_has_a_figure_of_its_own(story):
+    steps = [record for record in story if isinstance(record.event, t.StepFinished)]
+    told = [replace(record, event=replace(record.event, regularisation_loss=0.25)) for record in steps]
+    narrator = Narrator("en")
+    lines = [line.text for record in told for line in narrator.tell(record)]
+    assert lines
+    assert all("loss=0.5000 reg=0.2500 lr=" in line for line in lines)
+
+
+@pytest.mark.parametrize(("language", "row"), [("en", "validation"), ("es", "validación")])
+def test_the_banner_counts_guidance_in_both_ways(story, language, row):
+    plan = next(record for record in story if isinstance(record.event, t.RunPlanned))
+    sampled = {"validation_num_inference_steps": 8, "validation_guidance": 1.5, "validation_sampling_shift": 3.0}
+    narrator = Narrator(language)
+    lines = narrator.tell(replace(plan, event=replace(plan.event, **sampled)))
+    told = {line.label.strip(): line.text for line in lines}
+    assert told[row].endswith("guidance 1.5 (CFG 2.5) · shift 3")
+    assert len({len(line.label) for line in lines}) == 1

@@ -138,3 +138,10 @@ def test_messages_break_between_words_and_keep_their_indent():
 def test_phases_without_news_are_not_listed():
     trivial = t.RunPhase(key="download", unit="bytes", elapsed_s=0.001, finished=True)
     assert layout.finished_rows([trivial], 80, "en", layout.UNICODE) == []
+
+
+def test_a_loss_of_regularisation_stays_beside_the_loss():
+    view = RunView()
+    for event in (replace(STEP, regularisation_loss=0.0625), replace(STEP, regularisation_loss=None)):
+        view.apply(event)
+        assert view.regularisation_loss == 0.0625

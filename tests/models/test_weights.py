@@ -160,12 +160,12 @@ def test_the_option_at_fault_is_named(folder: Path) -> None:
         assert problem_of(str(folder), **{argument: str(folder / "gone" / "x")})[0].path == f"/{option}"
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "model.gguf", "model.bin"])
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin"])
 def test_other_formats_are_refused(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"x")
     problem, text = problem_of(str(folder / name))
     assert problem.code == "E-MODEL-FORMAT"
-    assert "is not a .safetensors file" in text
+    assert "is neither a .safetensors nor a .gguf file" in text
 
 
 def test_a_single_file_needs_a_companion(folder: Path) -> None:

@@ -207,3 +207,22 @@ def test_an_average_of_the_weights_is_counted_where_it_is(load_example, place):
         assert after.device_bytes - before.device_bytes == device
         assert after.host_bytes - before.host_bytes == host
     assert averaged.disk["result"] - plain.disk["result"] == size
+
+
+def test_the_assistant_counts_with_its_own_rank_and_where_it_is(tmp_path, load_example):
+    path = tmp_path / "assistant.safetensors"
+
+    def adapter_bytes(rank, mode, phase):
+        header = {"layers.0.attention.to_q.lora_A.weight": {"dtype": "F32", "shape": [rank, 8], "data_offsets": [0, 0]}}
+        raw = json.dumps(header).encode()
+        path.write_bytes(len(raw).to_bytes(8, "little") + raw)
+        words = ("--assistant_lora_path", str(path), "--assistant_lora_mode", mode)
+        loaded = load_example("z-image-turbo.lora-24gb", *words)
+        found = estimate_memory(plan_input(loaded.config, loaded.datasets, CARD)).phase(phase)
+        return next(part.num_bytes for part in found.device if part.name == "adapter")
+
+    own = adapter_bytes(8, "merged", "training")
+    one, two = adapter_bytes(8, "live", "training") - own, adapter_bytes(16, "live", "training") - own
+    assert 0 < one == two - one
+    assert adapter_bytes(16, "merged", "training") == own
+    assert adapter_bytes(16, "merged", "validation") == own + two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import count
 
 import pytest
@@ -28,7 +29,9 @@ class Steering:
         return self.script.get(self.step) == "validate"
 
 
-def drive(*, total=6, start=0, accumulation=2, checkpoint=0, validation=0, script=None, **schedule):
+def drive(
+    *, total=6, start=0, accumulation=2, checkpoint=0, validation=0, script=None, regularisation_loss=0.0, **schedule
+):
     steering = Steering(script)
     told = []
     indices = []
@@ -42,7 +45,13 @@ def drive(*, total=6, start=0, accumulation=2, checkpoint=0, validation=0, scrip
         indices.append(taken)
         steering.step += 1
         told.append(("step", steering.step, rate))
-        return StepResult(loss=1.0, regularisation_loss=0.0, grad_norm=1.0, num_samples=len(taken), mean_sigma=0.5)
+        return StepResult(
+            loss=1.0,
+            regularisation_loss=regularisation_loss,
+            grad_norm=1.0,
+            num_samples=len(taken),
+            mean_sigma=0.5,
+        )
 
     steering.step = start
     events = []
@@ -64,6 +73,12 @@ def drive(*, total=6, start=0, accumulation=2, checkpoint=0, validation=0, scrip
         emit=events.append,
     )
     return ending, told, indices, events
+
+
+@pytest.mark.parametrize(("loss", "told"), [(math.nan, None), (0.25, 0.25)])
+def test_the_loss_of_regularisation_is_told_where_there_is_one(loss, told):
+    _, _, _, events = drive(total=1, regularisation_loss=loss)
+    assert [event.regularisation_loss for event in events] == [told]
 
 
 def test_every_update_takes_its_own_micro_batches():

@@ -8,6 +8,7 @@ in backward. Here both additions happen inside the matrix products, which saves 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -41,7 +42,8 @@ class Unpackable(Protocol):
 class AdaptedLinear(nn.Module):
     """A linear layer with adapters around it; those in `active` act, each `strengths[name]` times its trained scale.
 
-    `scales` are the adapters' own, as alpha / rank.
+    At strength 0 an adapter is as if it were not there, to the last bit. `scales` are the adapters' own, as
+    alpha / rank.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -179,40 +181,44 @@ class LoraLinear(AdaptedLinear):
 
     def _forward(self, x: Tensor, known: Tensor | None) -> Tensor:
         base = self.base_layer
-        if not self.active:
+        active = [name for name in self.active if self.strengths[name]]
+        if not active:
             return cast("Tensor", base(x))
-        scales = tuple(self.scales[name] * self.strengths[name] for name in self.active)
-        pairs = [self.pair(name) for name in self.active]
         if self.lora_magnitude_vector:
-            return self._dora_forward(x, scales, pairs)
+            return self._dora_forward(x, active)
+        scales = tuple(self.scales[name] * self.strengths[name] for name in active)
+        pairs = [self.pair(name) for name in active]
         if self.starts:
-            begun = [name for name in self.active if name in self.starts]
+            begun = [name for name in active if name in self.starts]
             scales += tuple(-self.scales[name] * self.strengths[name] for name in begun)
             pairs += [self.start(name) for name in begun]
-        drops = self.training and any(self.dropouts[name] > 0 for name in self.active)
+        drops = self.training and any(self.dropouts[name] > 0 for name in active)
         is_plain = type(base) is nn.Linear and not base.weight.requires_grad
         if drops or not (is_plain or self._base_multiplies_itself):
-            return self._general_forward(x, scales, pairs)
+            return self._general_forward(x, active, scales, pairs)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         flat = [weight for pair in pairs for weight in pair]
         return cast("Tensor", _LowRankLinear.apply(x.to(dtype), base, scales, (known,), *flat))
 
-    def _general_forward(self, x: Tensor, scales: tuple[float, ...], pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _general_forward(
+        self, x: Tensor, active: Sequence[str], scales: tuple[float, ...], pairs: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
         """With dropout, or around a base that is trained or of a library's own: the formula, left to autograd."""
         out = self.base_layer(x)
-        starts = [name for name in self.active if name in self.starts]
-        rates = [*(self.dropouts[name] for name in self.active), *(0.0 for _ in starts)]
+        starts = [name for name in active if name in self.starts]
+        rates = [*(self.dropouts[name] for name in active), *(0.0 for _ in starts)]
         for rate, scale, (down, up) in zip(rates, scales, pairs, strict=True):
             inner = F.linear(F.dropout(x, rate, self.training), down.to(x.dtype))
             out = out + F.linear(inner, up.to(inner.dtype)) * scale
         return cast("Tensor", out)
 
-    def _dora_forward(self, x: Tensor, scales: tuple[float, ...], pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _dora_forward(self, x: Tensor, active: Sequence[str]) -> Tensor:
         """Left to autograd. As in the paper's section 4.3, lengths count as constants in backward."""
         base = out = cast("Tensor", self.base_layer(x))
         straight = base if self.bias is None else base - self.bias.to(base.dtype)
-        for name, scale, (down, up) in zip(self.active, scales, pairs, strict=True):
+        for name in active:
+            scale, (down, up) = self.scales[name] * self.strengths[name], self.pair(name)
             dropped = F.dropout(x, self.dropouts[name], self.training)
             added = F.linear(F.linear(dropped, down.to(x.dtype)), up.to(x.dtype))
             if name not in self.lora_magnitude_vector:

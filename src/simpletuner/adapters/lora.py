@@ -180,8 +180,8 @@ def start_from_(
     not have stays as `apply_lora` left it. A DoRA may start from a LoRA.
 
     Raises:
-        ModelError: it is for another model, has modules that are not adapted, a larger rank, or other sizes. Nothing is
-            changed then; `path` is the option to name.
+        ModelError: it has modules that are not adapted, a larger rank, or other sizes. Nothing is changed then; `path`
+            is the option to name.
     """
     own = adapter_state(model, adapter_name)
     layers = dict(_lora_layers(model, adapter_name))
@@ -189,9 +189,6 @@ def start_from_(
     if not settings.dora and any(key.endswith(_MAGNITUDE) for key in file.tensors):
         fixes = (Fix(key="use_dora", value=True),)
         raise ModelError(Problem(code="E-LORA-DORA", path="/use_dora", fixes=fixes))
-    modules = {key.rsplit(".lora_", 1)[0] for key in file.tensors}
-    if not modules & set(linear_names(model)):
-        raise ModelError(Problem(code="E-LORA-OTHER-MODEL", params={"modules": _some(modules)}, path=path))
     foreign = file.tensors.keys() - own.keys()
     if foreign:
         told = {"missing": "-", "foreign": _some(foreign)}
@@ -245,6 +242,14 @@ def _adapted_layers(model: nn.Module, adapter_name: str) -> Iterator[AdaptedLine
     for module in model.modules():
         if isinstance(module, AdaptedLinear) and adapter_name in module.scales:
             yield module
+
+
+def move_adapter_(model: nn.Module, device: torch.device | str, adapter_name: str) -> None:
+    """Put the adapter's weights on `device`, wherever the model is. Elsewhere than where the model computes it must not
+    act: its strength has to be 0."""
+    for _, layer in _lora_layers(model, adapter_name):
+        layer.lora_A[adapter_name].to(device)
+        layer.lora_B[adapter_name].to(device)
 
 
 def _lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLinear]]:

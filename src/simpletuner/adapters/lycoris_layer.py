@@ -51,7 +51,7 @@ class LycorisLinear(AdaptedLinear):
         return self._forward(x, out)
 
     def _forward(self, x: Tensor, known: Tensor | None) -> Tensor:
-        if not self.active:
+        if not any(self.strengths[name] for name in self.active):
             return cast("Tensor", self.base_layer(x))
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -39,6 +39,7 @@ class Flavour:
     validation_num_inference_steps: int
     validation_guidance: float
     validation_resolution: str = "1024x1024"
+    validation_turbo_drift: int = 0
     resolution: float = 1024
     resolution_type: Literal["pixel", "area", "pixel_area"] = "pixel_area"
     aspect_bucket_alignment: int = 64
@@ -63,6 +64,7 @@ FLAVOURS: Mapping[str, Flavour] = MappingProxyType(
                 guidance=(0.0, 1.0),
                 steps=(8, 28),
                 distilled=True,
+                validation_turbo_drift=2,
             ),
             Flavour(
                 name="turbo",
@@ -76,6 +78,7 @@ FLAVOURS: Mapping[str, Flavour] = MappingProxyType(
                 guidance=(0.0, 1.0),
                 steps=(8, 28),
                 distilled=True,
+                validation_turbo_drift=2,
             ),
             Flavour(
                 name="base",

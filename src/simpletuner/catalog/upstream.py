@@ -39,7 +39,6 @@ _RESULT_FLAGS = """
 _RESULT_VALUES = """
     peft_lora_mode=standard singlora_ramp_up_steps distillation_method distillation_config tread_config
     diffusion_blocks_config timestep_bias_strategy prediction_type=flow_matching
-    qwen_text_encoder_model_name_or_path
 """
 _MEMORY_FLAGS = """
     quantize_activations vae_enable_patch_conv offload_during_save

@@ -17,6 +17,7 @@ from simpletuner.problems import ExitCode, Fix, Problem, SimpletunerError
 
 COMMANDS = (
     "train",
+    "generate",
     "estimate",
     "plot",
     "convert",

@@ -256,6 +256,12 @@ def _facts(status: RunStatus, view: RunView, checkpoint: str | None, call: _Call
     facts += [
         ("loss", None if progress.loss is None else formats.significant(progress.loss, call.language)),
         (
+            "regularisation",
+            None
+            if progress.regularisation_loss is None
+            else formats.significant(progress.regularisation_loss, call.language),
+        ),
+        (
             "speed",
             f"{formats.significant(progress.step_seconds, call.language)} s/it" if progress.step_seconds else None,
         ),

@@ -54,6 +54,14 @@ def load_datasets(config: Config, *, environ: Mapping[str, str], cwd: Path, is_n
     return reader.read(path)
 
 
+def no_datasets(config: Config) -> DatasetsResult:
+    """What stands for the datasets where nothing is trained: only the usual place of cached embeddings."""
+    embeds = TextEmbeds(cache_dir=str(Path(config.data.cache_dir) / "text"), default=True)
+    return DatasetsResult(
+        config=DatasetsConfig(images=(), text_embeds=embeds, path=Path(config.data.data_backend_config))
+    )
+
+
 class _Reader:
     """Reads one file; collects problems on the way."""
 

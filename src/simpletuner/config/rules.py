@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from simpletuner.catalog.families import BASE_REPOSITORY, FLAVOURS, TURBO_REPOSITORY
+from simpletuner.catalog.families import ASSISTANT_REPOSITORY, BASE_REPOSITORY, FLAVOURS, TURBO_REPOSITORY
 from simpletuner.config.flow_rules import FLOW_RULES
 from simpletuner.config.lycoris_rules import ADAPTER_RULES
 from simpletuner.config.offload_rules import OFFLOAD_RULES
@@ -20,6 +20,7 @@ from simpletuner.config.placeholder import SUBJECT_PLACEHOLDER, has_placeholder
 from simpletuner.config.precision_rules import PRECISION_RULES
 from simpletuner.config.root import Config
 from simpletuner.config.rule import Origins, Rule, limit, place_of, rule, short_fix, was_changed
+from simpletuner.config.sections.adapter import has_assistant
 from simpletuner.config.size_rules import GLOBAL_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
 from simpletuner.config.sizes import is_bytes
 from simpletuner.problems import Fix, Problem, Severity
@@ -65,17 +66,22 @@ def flavour_fits_the_repository(c: Config, origins: Origins) -> Problem | None:
 @rule("disable_assistant_lora", "model_flavour", "assistant_lora_path")
 def turbo_has_its_assistant(c: Config, origins: Origins) -> Problem | None:
     flavour = FLAVOURS[c.model.model_flavour]
-    if not flavour.distilled or (c.adapter.assistant_lora_path and not c.adapter.disable_assistant_lora):
+    if not flavour.distilled:
         return None
     params = {"flavour": flavour.name}
-    fixes = (Fix(key="disable_assistant_lora", value=False),)
-    return Problem(code="W-ASSISTANT-OFF", severity=_WARNING, params=params, fixes=fixes)
+    if c.adapter.disable_assistant_lora:
+        on = Fix(key="disable_assistant_lora", value=False)
+        return Problem(code="W-ASSISTANT-OFF", severity=_WARNING, params=params, fixes=(on,))
+    if has_assistant(c.adapter):
+        return None
+    fixes = (Fix(key="disable_assistant_lora", value=True), Fix(key="assistant_lora_path", value=ASSISTANT_REPOSITORY))
+    return Problem(code="E-ASSISTANT-MISSING", params=params, path="/assistant_lora_path", fixes=fixes)
 
 
 @rule("assistant_lora_path", "model_flavour")
 def only_turbo_needs_an_assistant(c: Config, origins: Origins) -> Problem | None:
     flavour = FLAVOURS[c.model.model_flavour]
-    if flavour.distilled or not c.adapter.assistant_lora_path:
+    if flavour.distilled or not has_assistant(c.adapter):
         return None
     return Problem(code="W-ASSISTANT-NEEDLESS", severity=_WARNING, params={"flavour": flavour.name})
 
@@ -108,6 +114,7 @@ def guidance_suits_the_flavour(c: Config, origins: Origins) -> Problem | None:
     if c.validation.validation_disable or low <= value <= high:
         return None
     params = {"value": f"{value:g}", "low": f"{low:g}", "high": f"{high:g}", "flavour": flavour.name}
+    params["usual"] = f"{1 + value:g}"
     fixes = (short_fix("validation_guidance", flavour.validation_guidance),)
     return Problem(code="W-GUIDANCE", severity=_WARNING, params=params, fixes=fixes)
 

@@ -16,7 +16,7 @@ from typing import Literal, TextIO, TypeAlias
 from simpletuner.events import types as t
 from simpletuner.events.codec import JsonValue, to_line
 from simpletuner.events.journal import Record, record_to_json
-from simpletuner.events.run_directory import Sink
+from simpletuner.events.progress import Sink
 from simpletuner.events.text import Line, Narrator, format_line
 from simpletuner.i18n import text
 from simpletuner.problems import Severity

@@ -161,6 +161,8 @@ def _health(view: RunView, step: t.StepFinished, language: str) -> list[str]:
         f"{formats.significant(1 / seconds, language)} it/s",
         text("console.epoch", language, epoch=step.epoch),
     ]
+    if view.regularisation_loss is not None:
+        figures.insert(1, f"reg {formats.significant(view.regularisation_loss, language)}")
     if step.peak_memory_bytes is not None:
         figures.append(formats.size(step.peak_memory_bytes, language))
     return figures

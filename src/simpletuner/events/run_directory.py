@@ -15,19 +15,20 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Literal
 
 from simpletuner.events import control
 from simpletuner.events import types as t
 from simpletuner.events.begin import created, first_snapshot, refuse_if_live, started_event
 from simpletuner.events.files import exclusive_lock, write_atomic
-from simpletuner.events.journal import Journal, Record, format_time, utc_now
+from simpletuner.events.journal import Journal, format_time, utc_now
 from simpletuner.events.oserrors import os_errors_as_problems
 from simpletuner.events.paths import RunDirectory
+from simpletuner.events.progress import PROGRESS_INTERVAL_S, PhaseProgress, Sink, in_phase
 from simpletuner.events.run_status import (
     HEARTBEAT_INTERVAL_S,
     RunInfo,
@@ -40,48 +41,7 @@ from simpletuner.events.text import LogSink
 from simpletuner.problems import ExitCode, Problem, SimpletunerError
 
 _CONTROL_POLL_S = 0.25
-_PROGRESS_INTERVAL_S = 0.5
 _SNAPSHOT_INTERVAL_S = 1.0
-
-
-class Sink(Protocol):
-    """Something that shows or forwards events. Called with one record at a time, from several threads in turn."""
-
-    def write(self, record: Record) -> None:
-        """Take one event."""
-
-    def tick(self) -> None:
-        """Called about every two seconds, also while nothing happens."""
-
-    def close(self) -> None:
-        """Called once, after the last event."""
-
-
-class PhaseProgress:
-    """The open end of `RunRecorder.phase`: count what is done."""
-
-    def __init__(self, recorder: RunRecorder, event: t.RunPhase) -> None:
-        self._recorder = recorder
-        self._event = event
-        self._begin = self._last_sent = time.monotonic()
-        recorder.emit(event)
-
-    def advance(self, amount: int = 1, *, detail: str | None = None) -> None:
-        """`amount` more are done."""
-        self.update(self._event.done + amount, detail=detail)
-
-    def update(self, done: int, *, total: int | None = None, detail: str | None = None) -> None:
-        """`done` in all are done. Cheap: at most two per second are passed on."""
-        total = self._event.total if total is None else total
-        self._event = replace(self._event, done=done, total=total, detail=detail)
-        now = time.monotonic()
-        if now - self._last_sent >= _PROGRESS_INTERVAL_S:
-            self._last_sent = now
-            self._recorder.emit(replace(self._event, elapsed_s=now - self._begin))
-
-    def _finish(self) -> None:
-        elapsed_s = time.monotonic() - self._begin
-        self._recorder.emit(replace(self._event, elapsed_s=elapsed_s, detail=None, finished=True))
 
 
 class RunRecorder:
@@ -180,12 +140,11 @@ class RunRecorder:
         """Record free text, for the log."""
         self.emit(t.LogLine(level=level, source=source, message=message))
 
-    @contextlib.contextmanager
-    def phase(self, key: str, total: int | None = None, *, unit: str | None = None) -> Iterator[PhaseProgress]:
+    def phase(
+        self, key: str, total: int | None = None, *, unit: str | None = None
+    ) -> contextlib.AbstractContextManager[PhaseProgress]:
         """Show the block as one phase. `key` names the text `phase.<key>`; `total` what `advance` counts up to."""
-        progress = PhaseProgress(self, t.RunPhase(key=key, total=total, unit=unit))
-        yield progress
-        progress._finish()
+        return in_phase(self.emit, t.RunPhase(key=key, total=total, unit=unit))
 
     def wants(self, kind: Literal["checkpoint", "validate"]) -> bool:
         """Whether a command asked for this since the last call. Costs nothing; for the loop, between steps.
@@ -272,7 +231,7 @@ class RunRecorder:
             return False
         key, now = (event.dataset, event.cache), time.monotonic()
         last = self._cache_sent.get(key)
-        if last is not None and event.done < event.total and now - last < _PROGRESS_INTERVAL_S:
+        if last is not None and event.done < event.total and now - last < PROGRESS_INTERVAL_S:
             return True
         self._cache_sent[key] = now
         return False

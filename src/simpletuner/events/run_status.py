@@ -54,6 +54,7 @@ class Progress:
     total_steps: int = 0
     epoch: int = 0
     loss: float | None = None  # smoothed
+    regularisation_loss: float | None = None  # smoothed
     step_seconds: float | None = None  # smoothed
 
 
@@ -166,6 +167,11 @@ def smooth(previous: float | None, value: float) -> float:
     return _LOSS_SMOOTHING * previous + (1 - _LOSS_SMOOTHING) * value
 
 
+def smooth_seen(previous: float | None, value: float | None) -> float | None:
+    """As `smooth`, of a figure that not every step has."""
+    return previous if value is None else smooth(previous, value)
+
+
 @singledispatch
 def advance(event: t.Event, snapshot: RunSnapshot) -> RunSnapshot:
     """What `snapshot` becomes by `event`. Most events change nothing."""
@@ -206,6 +212,7 @@ def _(event: t.StepFinished, snapshot: RunSnapshot) -> RunSnapshot:
         total_steps=event.total,
         epoch=event.epoch,
         loss=smooth(old.loss, event.loss),
+        regularisation_loss=smooth_seen(old.regularisation_loss, event.regularisation_loss),
         step_seconds=smooth(old.step_seconds, event.step_seconds),
     )
     return replace(snapshot, progress=progress, state="running" if snapshot.state == "starting" else snapshot.state)

@@ -23,8 +23,8 @@ from simpletuner.problems import ExitCode, Fix, Problem, Severity
 STEPS_PER_LINE = 10
 SECONDS_PER_LINE = 30.0
 NOTABLE_S = 0.05
-SILENT_PHASES = frozenset({"train", "validation", "checkpoint"})  # their own events say it
-_BANNER_ROWS = ("model", "data", "precision", "device", "estimate", "plan", "output")
+SILENT_PHASES = frozenset({"train", "validation", "checkpoint", "drift"})  # their own events say it
+_BANNER_ROWS = ("model", "data", "precision", "device", "estimate", "plan", "validation", "output")
 
 Icon: TypeAlias = Literal["", "ok", "warning", "error", "saved", "images", "stop"]
 
@@ -114,7 +114,7 @@ class Narrator:
     @_lines.register
     def _(self, event: t.RunPlanned) -> list[Line]:
         rows = dict(zip(_BANNER_ROWS, _banner(event, self._output_dir, self._language), strict=True))
-        labels = {name: text(f"console.banner.{name}", self._language) for name in _BANNER_ROWS}
+        labels = {name: text(f"console.banner.{name}", self._language) for name, row in rows.items() if row}
         width = max(map(len, labels.values()))
         return [Line(text=row, label=f"  {labels[name]:{width}}  ") for name, row in rows.items() if row]
 
@@ -133,6 +133,8 @@ class Narrator:
             f"grad={event.grad_norm:.3g}",
             f"s_it={event.step_seconds:.3g}",
         ]
+        if self.view.regularisation_loss is not None:
+            parts.insert(2, f"reg={self.view.regularisation_loss:.4f}")
         if event.peak_memory_bytes is not None:
             parts.append(f"vram_gb={event.peak_memory_bytes / 1e9:.1f}")
         if event.step < event.total and (remaining_s := self.view.remaining_s()) is not None:
@@ -212,6 +214,20 @@ class Narrator:
             return [Line(text=text("console.memory", self._language, **values))]
         values["expected"] = formats.size(event.estimated_bytes, self._language)
         return [Line(text=text("console.memory.estimated", self._language, **values))]
+
+    @_lines.register
+    def _(self, event: t.ValidationDrift) -> list[Line]:
+        values = {
+            "step": event.step,
+            "drift": formats.significant(event.drift, self._language),
+            "base": formats.significant(event.base_drift, self._language),
+            "few": event.few_steps,
+            "many": event.many_steps,
+            "images": plural("images", event.num_images, self._language),
+            "duration": formats.duration(event.seconds, self._language),
+        }
+        key = "console.drift.base" if event.step == 0 else "console.drift"
+        return [Line(text=text(key, self._language, **values), icon="images")]
 
     @_lines.register
     def _(self, event: t.ValidationFinished) -> list[Line]:
@@ -350,8 +366,19 @@ def _banner(plan: t.RunPlanned, output_dir: str, language: str) -> list[str]:
         device,
         _estimate(plan, language),
         " · ".join(steps),
+        _sampling(plan, language),
         output_dir,
     ]
+
+
+def _sampling(plan: t.RunPlanned, language: str) -> str:
+    """How validation images are made; guidance as Z-Image and as others count it."""
+    guidance, shift = plan.validation_guidance, plan.validation_sampling_shift
+    if plan.validation_num_inference_steps is None or guidance is None or shift is None:
+        return ""
+    values = {"guidance": f"{guidance:g}", "usual": f"{1 + guidance:g}", "shift": f"{shift:g}"}
+    steps = plural("steps", plan.validation_num_inference_steps, language)
+    return f"{steps} · {text('console.sampling', language, **values)}"
 
 
 def _estimate(plan: t.RunPlanned, language: str) -> str:

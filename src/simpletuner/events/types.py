@@ -71,6 +71,9 @@ class RunPlanned(Event):
     num_buckets: int
     effective_batch_size: int
     validation_step_interval: int | None = None  # None: no images during training
+    validation_num_inference_steps: int | None = None
+    validation_guidance: float | None = None  # Z-Image's scale; other programs' is this plus 1
+    validation_sampling_shift: float | None = None
     checkpoint_step_interval: int | None = None
     gradient_checkpointing: bool = False
     memory_total_bytes: int | None = None  # of the device
@@ -236,6 +239,7 @@ class StepFinished(Event):
     data_seconds: float | None = None  # of step_seconds, waiting for data
     sigma_mean: float | None = None
     rollout_forwards: float | None = None  # extra forward passes per sample, of scheduled sampling
+    regularisation_loss: float | None = None  # mean over the samples of regularisation datasets; None without any
     peak_memory_bytes: int | None = None
 
 
@@ -302,6 +306,20 @@ class ValidationImage(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationDrift(Event):
+    """How far images of few sampling steps are from those of many: mean relative distance of the latents."""
+
+    name: ClassVar[str] = "validation.drift"
+    step: int
+    drift: float  # of the model after `step` updates
+    base_drift: float  # of the base model, measured in the same way
+    num_images: int
+    few_steps: int
+    many_steps: int
+    seconds: float  # that this took
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidationFinished(Event):
     """All images of one validation are on disk."""
 
@@ -347,6 +365,7 @@ EVENTS: Mapping[str, type[Event]] = MappingProxyType(
             MemoryMeasured,
             ValidationStarted,
             ValidationImage,
+            ValidationDrift,
             ValidationFinished,
         )
     }

@@ -7,7 +7,7 @@ from functools import singledispatchmethod
 
 from simpletuner.events import types as t
 from simpletuner.events.eta import WINDOW_STEPS, Pause, num_due, remaining_s
-from simpletuner.events.run_status import smooth
+from simpletuner.events.run_status import smooth, smooth_seen
 
 
 class RunView:
@@ -18,6 +18,7 @@ class RunView:
         self.resumed: t.RunResumed | None = None
         self.step: t.StepFinished | None = None
         self.loss: float | None = None  # smoothed
+        self.regularisation_loss: float | None = None  # smoothed
         self.phases: dict[str, t.RunPhase] = {}  # the open ones, the innermost last
         self.cache: t.CacheProgress | None = None  # of the innermost phase
         self.validation: t.ValidationStarted | None = None
@@ -57,6 +58,7 @@ class RunView:
         """A new session: only the measured pauses of the earlier one still say something."""
         del event
         self.resumed, self.step, self.loss, self.validation, self.stopping = None, None, None, None, 0
+        self.regularisation_loss = None
         self.phases.clear()
         self._step_seconds.clear()
 
@@ -85,6 +87,7 @@ class RunView:
     def _(self, event: t.StepFinished) -> None:
         self.step = event
         self.loss = smooth(self.loss, event.loss)
+        self.regularisation_loss = smooth_seen(self.regularisation_loss, event.regularisation_loss)
         self._step_seconds.append(event.step_seconds)
 
     @apply.register

@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 from simpletuner.problems import ModelError, Problem
 
+GGUF_SUFFIX = ".gguf"
+
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100 << 20
 _LFS_POINTER = b"version https://git-lfs"
@@ -40,7 +42,7 @@ class WeightFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """One entry of a safetensors header; `start` and `stop` are byte offsets in the file."""
+    """One entry of a file's header; `start` and `stop` are byte offsets in the file."""
 
     name: str
     dtype: str
@@ -51,7 +53,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a safetensors file says that it holds, in file order; the file is known to be long enough for it."""
+    """What a safetensors or GGUF file says that it holds, in file order; the file is known to be long enough for it."""
 
     path: Path
     size_bytes: int
@@ -78,11 +80,13 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file.
+    """Read and check the header of a safetensors or GGUF file.
 
     Raises:
-        ModelError: E-MODEL-LFS-POINTER, E-MODEL-NOT-SAFETENSORS or E-MODEL-TRUNCATED.
+        ModelError: E-MODEL-LFS-POINTER, E-MODEL-NOT-SAFETENSORS or E-MODEL-TRUNCATED; see `open_gguf`.
     """
+    if is_gguf(path):
+        return _read_gguf_header(path)
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(_LENGTH_BYTES)
@@ -105,6 +109,27 @@ def read_header(path: Path) -> Header:
         raise _truncated(path, expected_bytes=expected_bytes, found_bytes=size_bytes)
     digest = hashlib.sha256(raw).digest()
     return Header(path=path, size_bytes=size_bytes, tensors=tensors, digest=digest, metadata=metadata)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the name says that it is a GGUF file."""
+    return path.suffix.lower() == GGUF_SUFFIX
+
+
+def open_gguf(path: Path) -> Any:
+    """The package's reader of a GGUF file: a map of the file, nothing copied.
+
+    Raises:
+        ModelError: E-MODEL-GGUF-PACKAGE, the package `gguf` is not installed; E-MODEL-GGUF, it is no such file.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ModelError(Problem(code="E-MODEL-GGUF-PACKAGE", params={"path": path})) from error
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ModelError(Problem(code="E-MODEL-GGUF", params={"path": path, "reason": str(error)})) from error
 
 
 def fingerprint(files: WeightFiles) -> str:
@@ -151,6 +176,31 @@ def _entries(header: Mapping[str, Any], data_start: int) -> Iterator[StoredTenso
             start=data_start + int(start),
             stop=data_start + int(stop),
         )
+
+
+def _read_gguf_header(path: Path) -> Header:
+    """Names, shapes as the model has them, and where the blocks lie. Their format is the dtype, "GGML_" before it."""
+    reader = open_gguf(path)
+    tensors = []
+    for tensor in reader.tensors:
+        # GGUF counts sides from the innermost; some files keep apart the shape of a tensor that was flattened.
+        shape = tuple(int(side) for side in reversed(tensor.shape))
+        original = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
+        if original is not None:
+            shape = tuple(int(original.parts[index][0]) for index in original.data)
+        start = int(tensor.data_offset)
+        stored = StoredTensor(
+            name=str(tensor.name),
+            dtype=f"GGML_{tensor.tensor_type.name}",
+            shape=shape,
+            start=start,
+            stop=start + int(tensor.n_bytes),
+        )
+        tensors.append(stored)
+    first = min((tensor.start for tensor in tensors), default=0)
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(first)).digest()
+    return Header(path=path, size_bytes=path.stat().st_size, tensors=tuple(tensors), digest=digest, metadata={})
 
 
 def _samples(file: BinaryIO, header: Header) -> Iterator[bytes]:

@@ -49,13 +49,13 @@ def vae_part(spec: FamilySpec, folder: str) -> Part:
     return Part(name="vae", folder=folder, stem=_DIFFUSERS_STEM, kind_key="_class_name", kinds=spec.vae_classes)
 
 
-def text_encoder_part(spec: FamilySpec) -> Part:
+def text_encoder_part(spec: FamilySpec, folder: str = "text_encoder") -> Part:
     def needs(name: str, config: Mapping[str, Any]) -> bool:
         return spec.needs_text_tensor(name, int(config.get("num_hidden_layers", 0)))
 
     return Part(
         name="text_encoder",
-        folder="text_encoder",
+        folder=folder,
         stem=_TRANSFORMERS_STEM,
         kind_key="model_type",
         kinds=spec.text_encoder_types,

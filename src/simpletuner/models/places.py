@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from simpletuner.models.files import GGUF_SUFFIX
 from simpletuner.models.hub import RepoRef
 from simpletuner.problems import Fix, ModelError, Problem
 
 WEIGHTS_SUFFIX = ".safetensors"
-OTHER_SUFFIXES = (".bin", ".ckpt", ".gguf", ".pt", ".pth")  # of weights that are not read
+_SINGLE_SUFFIXES = (WEIGHTS_SUFFIX, GGUF_SUFFIX)
+OTHER_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth")  # of weights that are not read
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
-_REPO = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?P<file>(?:/[^/\\]+)*\.safetensors)?")
+_REPO = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?P<file>(?:/[^/\\]+)*\.(?:safetensors|gguf))?")
 _NUM_NEAR = 3
 
 
@@ -38,16 +40,16 @@ def find_place(text: str, *, option: str, revision: str | None = None) -> Place:
     """Read the value of `option`. What exists here comes first, then "owner/name" and "owner/name/file.safetensors".
 
     Raises:
-        ModelError: E-MODEL-FORMAT, a file of another kind than safetensors; E-MODEL-PATH or E-MODEL-PATH-NEAR,
+        ModelError: E-MODEL-FORMAT, a file of another kind than safetensors and GGUF; E-MODEL-PATH or E-MODEL-PATH-NEAR,
             nothing is there, without or with names in that folder that look alike.
     """
     path = Path(text).expanduser()
-    if path.is_file() and path.suffix.lower() != WEIGHTS_SUFFIX:
+    if path.is_file() and path.suffix.lower() not in _SINGLE_SUFFIXES:
         raise ModelError(Problem(code="E-MODEL-FORMAT", params={"path": path}, path=f"/{option}"))
     if path.exists():
         return Place(text=text, option=option, path=path)
     match = _REPO.fullmatch(text)
-    if match is None or match["repo"].endswith(WEIGHTS_SUFFIX):
+    if match is None or match["repo"].endswith(_SINGLE_SUFFIXES):
         raise _nothing_there(path, option)
     file = match["file"]
     repo = RepoRef(name=match["repo"], revision=revision, option=option)

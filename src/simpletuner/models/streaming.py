@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner.models.files import Header, StoredTensor, WeightFiles, read_header
-from simpletuner.models.tensors import read_tensor
+from simpletuner.models.sources import has_numbers, open_source, weights_of
 from simpletuner.problems import ModelError, Problem
 
 KeyMap = Callable[[str], Sequence[str]]
@@ -44,6 +44,25 @@ class Conversion:
     ready: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """A low-rank change of weights as they are read: the weight of the module `name` becomes W + up @ down, in float32.
+
+    `pairs`: name -> (down [rank, in], up [out, rank]). `key` stands for all of it where results are kept.
+    """
+
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    key: str
+
+    def added(self, name: str, weight: Tensor) -> Tensor:
+        """The changed weight [out, in] of module `name`, float32 on its device; one that has no change as it is."""
+        pair = self.pairs.get(name)
+        if pair is None:
+            return weight
+        down, up = (factor.to(weight.device, torch.float32) for factor in pair)
+        return torch.addmm(weight.float(), up, down)
+
+
 def quantising(layers: frozenset[str], quantise: Callable[[Tensor], nn.Module], *, on_device: bool) -> Conversion:
     """The conversion that calls `quantise(weight)` for each of `layers`."""
     return Conversion(layers=layers, make=lambda name, weight: quantise(weight), on_device=on_device)
@@ -66,12 +85,14 @@ def load_weights_(
     dtype: torch.dtype,
     device: torch.device,
     conversion: Conversion | None = None,
+    addition: Addition | None = None,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Replace every parameter and persistent buffer of `module`, made on the meta device, by the stored ones.
 
-    They arrive frozen, on `device`; floating-point ones in `dtype`, but for the layers of `conversion`. Everything is
-    checked before anything is read; beside what is loaded, one tensor at a time is in memory.
+    They arrive frozen, on `device`; floating-point ones in `dtype`, but for the layers of `conversion`. What `addition`
+    adds is added before either, where the layer will be made. Everything is checked before anything is read; beside
+    what is loaded, one tensor at a time is in memory.
 
     Raises:
         ModelError: a file is damaged, or what is stored and what the module has differ; every difference at once.
@@ -82,12 +103,16 @@ def load_weights_(
     converted, ready = (conversion.layers, conversion.ready) if conversion is not None else (frozenset(), frozenset())
     plan = {path: [p for p in pieces if _layer_of(p.name) not in ready] for path, pieces in plan.items()}
     total_bytes = sum(tensor.stop - tensor.start for header in headers for tensor in header.tensors)
+    by_path = {header.path: header for header in headers}
     if conversion is not None:
         for layer in sorted(ready):
             weight = cast("Tensor", module.get_submodule(layer).weight)
             place_module_(module, layer, conversion.make(layer, weight))
-    for name, tensor, done_bytes in _read_all(plan):
+    for name, tensor, done_bytes in _read_all(plan, by_path):
         layer = _layer_of(name)
+        if addition is not None and layer in addition.pairs:
+            on_device = conversion is None or layer not in converted or conversion.on_device
+            tensor = addition.added(layer, tensor.to(device) if on_device else tensor)
         if conversion is not None and layer in converted:
             place_module_(module, layer, _convert(module, layer, tensor, conversion, device))
         else:
@@ -125,7 +150,7 @@ def _layer_of(parameter: str) -> str:
 
 def stored_names(files: WeightFiles) -> frozenset[str]:
     """Names of all stored tensors."""
-    return frozenset(tensor.name for shard in files.shards for tensor in read_header(shard).tensors)
+    return frozenset(tensor.name for shard in files.shards for tensor in weights_of(read_header(shard)))
 
 
 def _plan(
@@ -135,10 +160,15 @@ def _plan(
     plan: dict[Path, list[_Piece]] = {}
     unexpected: list[str] = []
     wrong: list[Problem] = []
-    all_names = [tensor.name for header in headers for tensor in header.tensors]
+    stored = {header.path: weights_of(header) for header in headers}
+    all_names = [tensor.name for tensors in stored.values() for tensor in tensors]
+    codes = [t.name for tensors in stored.values() for t in tensors if keys(t.name) and not has_numbers(t)]
+    if codes:
+        params = {"part": files.part, "path": _where(files)}
+        raise ModelError(Problem(code="E-MODEL-QUANTISED", params=params))
     for header in headers:
         pieces = plan.setdefault(header.path, [])
-        for tensor in header.tensors:
+        for tensor in stored[header.path]:
             names = keys(tensor.name)
             if not all(name in shapes for name in names):
                 unexpected.append(tensor.name)
@@ -171,26 +201,20 @@ def _split(stored: StoredTensor, names: Sequence[str], shapes: Mapping[str, tupl
     return pieces
 
 
-def _read_all(plan: Mapping[Path, Sequence[_Piece]]) -> Iterator[tuple[str, Tensor, int]]:
+def _read_all(
+    plan: Mapping[Path, Sequence[_Piece]], headers: Mapping[Path, Header]
+) -> Iterator[tuple[str, Tensor, int]]:
     """(parameter, its numbers as stored, bytes read so far), file by file, in the order in which they lie there."""
     done_bytes = 0
     for path, pieces in plan.items():
-        with path.open("rb", buffering=0) as file:
+        with open_source(headers[path]) as source:
             previous: StoredTensor | None = None
             for piece in pieces:
                 if piece.stored is not previous:
-                    whole, previous = _read(file, piece.stored, path), piece.stored
+                    whole, previous = source.read(piece.stored), piece.stored
                     done_bytes += piece.stored.stop - piece.stored.start
                 # Of some rows a copy, aligned as ever: the last bit of a product may depend on the alignment.
                 yield piece.name, whole if piece.rows is None else whole[slice(*piece.rows)].clone(), done_bytes
-
-
-def _read(file: BinaryIO, stored: StoredTensor, path: Path) -> Tensor:
-    try:
-        return read_tensor(file, stored)
-    except (KeyError, EOFError) as error:
-        params = {"path": path, "name": stored.name, "dtype": stored.dtype}
-        raise ModelError(Problem(code="E-MODEL-TENSOR", params=params)) from error
 
 
 def _mismatch(

@@ -30,6 +30,7 @@ MODEL_OPTION = "pretrained_model_name_or_path"
 TRANSFORMER_OPTION = "pretrained_transformer_model_name_or_path"
 SUBFOLDER_OPTION = "pretrained_transformer_subfolder"
 VAE_OPTION = "pretrained_vae_model_name_or_path"
+TEXT_ENCODER_OPTION = "qwen_text_encoder_model_name_or_path"
 
 _CONFIG_PATTERNS = ("config.json", "*/config.json", f"*{WEIGHTS_SUFFIX}.index*.json")
 _PIPELINE_PATTERNS = (*_CONFIG_PATTERNS, "scheduler/*.json", "tokenizer/*")
@@ -65,6 +66,7 @@ def resolve_pipeline(
     transformer: str | None = None,
     transformer_subfolder: str | None = "transformer",
     vae: str | None = None,
+    text_encoder: str | None = None,
     companion: str | None = None,
     hub: Hub | None = None,
     on_download: OnDownload | None = None,
@@ -78,6 +80,8 @@ def resolve_pipeline(
         transformer: take the transformer from this folder, repository or file instead.
         transformer_subfolder: its folder there; None, "" and "none" mean the root.
         vae: take the VAE from this folder, repository or file instead; from its folder `vae` or its root.
+        text_encoder: take the text encoder from this folder, repository or file instead; from its folder
+            `text_encoder` or its root. The tokenizer stays the pipeline's.
         companion: the pipeline that gives all other parts when `name_or_path` is a single file.
         on_download: told of every download of weights, see `Download`.
     Raises:
@@ -87,6 +91,7 @@ def resolve_pipeline(
     main = find_place(name_or_path, option=MODEL_OPTION, revision=revision)
     transformer_place = find_place(transformer, option=TRANSFORMER_OPTION) if transformer else None
     vae_place = find_place(vae, option=VAE_OPTION) if vae else None
+    text_place = find_place(text_encoder, option=TEXT_ENCODER_OPTION) if text_encoder else None
     if main.is_single_file:
         if transformer_place is not None:
             params = {"path": name_or_path, "other": transformer}
@@ -96,9 +101,9 @@ def resolve_pipeline(
         main, transformer_place = find_place(companion, option=MODEL_OPTION), main
 
     own_transformer, own_vae = transformer_part(spec, "transformer"), vae_part(spec, "vae")
-    text_encoder = text_encoder_part(spec)
-    overridden = {own_transformer: transformer_place, own_vae: vae_place}
-    from_main = [part for part in (text_encoder, own_transformer, own_vae) if overridden.get(part) is None]
+    own_text = text_encoder_part(spec)
+    overridden = {own_transformer: transformer_place, own_vae: vae_place, own_text: text_place}
+    from_main = [part for part in (own_text, own_transformer, own_vae) if overridden.get(part) is None]
     root = _open(main, from_main, _PIPELINE_PATTERNS, access)
     found = {part: _weights(main, root, part, access) for part in from_main}
     if transformer_place is not None:
@@ -107,12 +112,14 @@ def resolve_pipeline(
         found[own_transformer] = _elsewhere(transformer_place, candidates, root, own_transformer, access)
     if vae_place is not None:
         found[own_vae] = _elsewhere(vae_place, [own_vae, vae_part(spec, "")], root, own_vae, access)
+    if text_place is not None:
+        found[own_text] = _elsewhere(text_place, [own_text, text_encoder_part(spec, "")], root, own_text, access)
     scheduler_config = root / "scheduler" / "scheduler_config.json"
     files = PipelineFiles(
         source=f"{main.repo.name}@{root.name}" if main.repo else str(root),
         transformer=found[own_transformer],
         vae=found[own_vae],
-        text_encoder=found[text_encoder],
+        text_encoder=found[own_text],
         tokenizer_dir=_tokenizer_dir(main, root),
         scheduler_config=scheduler_config if scheduler_config.is_file() else None,
     )
@@ -218,11 +225,15 @@ def _weights(place: Place, root: Path, part: Part, access: Access) -> WeightFile
 def _elsewhere(place: Place, candidates: Sequence[Part], main_root: Path, own: Part, access: Access) -> WeightFiles:
     """A part that another place gives: a single file, or the first of `candidates` that the place has.
 
-    A single file takes its sizes from the config.json beside it, else from the main pipeline's.
+    A single file takes its sizes from the config.json beside it, else from the main pipeline's. So does the only file
+    of a place that has no config.json where the part should be.
     """
     if not place.is_single_file:
         root = _open(place, candidates, _CONFIG_PATTERNS, access, alternatives=True)
         present = _present(root, candidates, alternatives=True)
+        only = None if present else _only_file(place, root, own, access)
+        if only is not None:
+            return _elsewhere(only, candidates, main_root, own, access)
         return _weights(place, root, present[0] if present else candidates[0], access)
     path = _single_file(place, own.name, access)
     beside = path.parent / "config.json"
@@ -230,6 +241,19 @@ def _elsewhere(place: Place, candidates: Sequence[Part], main_root: Path, own: P
         return WeightFiles(part=own.name, config_path=beside, shards=(path,))
     read_part_config(main_root, own)
     return WeightFiles(part=own.name, config_path=main_root / own.inside("config.json"), shards=(path,))
+
+
+def _only_file(place: Place, root: Path, own: Part, access: Access) -> Place | None:
+    """The one weight file of a place that is no pipeline and no folder of a part; None if it has several, or none."""
+    if any((root / folder / "config.json").is_file() for folder in ("", own.name)):
+        return None
+    found = root.iterdir() if place.repo is None else map(Path, file_names(access.hub, place.repo))
+    names = [
+        path.name for path in found if path.suffix == WEIGHTS_SUFFIX and (place.repo is None or len(path.parts) == 1)
+    ]
+    if len(names) != 1:
+        return None
+    return replace(place, file=names[0]) if place.repo is not None else replace(place, path=root / names[0])
 
 
 def _single_file(place: Place, part: str, access: Access) -> Path:

@@ -128,7 +128,8 @@ def _product(plan: PlanInput, layer: Linear, *, keeps_input: bool, gives: int, f
     if plan.precision.row_bytes:  # the gradient times the scales of its rows, in float32 first
         half = plan.compute_bytes != _FLOAT32
         works += _tokens(plan) * layer.rows * (_FLOAT32 + plan.compute_bytes * half)
-    adapters = [x for x in (plan.adapter, plan.assistant) if x is not None and _is_adapted(layer.name, x)]
+    acting = [x for x in (plan.adapter, plan.assistant) if x is not None and not x.only_in_images]
+    adapters = [adapter for adapter in acting if _is_adapted(layer.name, adapter)]
     for adapter in adapters:
         if adapter.lycoris is not None:
             kept, worked = _of_lycoris(plan, layer, adapter.lycoris)

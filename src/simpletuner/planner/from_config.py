@@ -19,11 +19,12 @@ from simpletuner.config.datasets import DatasetsConfig, ImageDataset
 from simpletuner.config.lycoris import read_lycoris
 from simpletuner.config.release import releases_gradients
 from simpletuner.config.root import Config
+from simpletuner.config.sections.adapter import has_assistant, merges_assistant
 from simpletuner.config.sections.memory import MemorySection
 from simpletuner.hardware.probe import device_type
 from simpletuner.hardware.space import GpuSpace, Space, gpu_memory, main_memory
 from simpletuner.planner.inputs import Adapter, DeviceKind, Offload, Picture, PlanInput
-from simpletuner.planner.sizes import ModelSizes, read_sizes
+from simpletuner.planner.sizes import ModelSizes, lora_rank, read_sizes
 from simpletuner.problems import ConfigError
 
 AUTO = 0  # of gradient_checkpointing_interval
@@ -34,7 +35,7 @@ _TEMPLATE_TOKENS = 10
 _TOKENS_PER_WORD = 1.5
 _IN_ROWS = ("adamw_bf16", "lion")  # see `optim.bucketed`
 _USUAL_STATE_BYTES = 8.0
-_ASSISTANT_RANK = 64  # of the published adapter
+_ASSISTANT_RANK = 64  # of an adapter that is not here yet
 _PX_CALL = 1 << 20  # of images sampled in one call
 
 
@@ -153,6 +154,8 @@ def model_sizes(config: Config) -> ModelSizes:
         model.pretrained_model_name_or_path,
         transformer=model.pretrained_transformer_model_name_or_path,
         subfolder=subfolder,
+        vae=model.pretrained_vae_model_name_or_path,
+        text_encoder=model.qwen_text_encoder_model_name_or_path,
     )
 
 
@@ -262,9 +265,34 @@ def _lycoris(config: Config) -> LycorisSettings | None:
 
 def _assistant(config: Config, weight_bytes: int) -> Adapter | None:
     adapter = config.adapter
-    if adapter.assistant_lora_path is None or adapter.disable_assistant_lora:
+    if not has_assistant(adapter):
         return None
-    return Adapter(rank=_ASSISTANT_RANK, targets=LORA_TARGETS["attention+mlp"], weight_bytes=weight_bytes)
+    is_quantised = PRECISIONS[config.memory.base_model_precision].is_quantised
+    return Adapter(
+        rank=_assistant_rank(config) or _ASSISTANT_RANK,
+        targets=LORA_TARGETS["attention+mlp"],
+        weight_bytes=weight_bytes,
+        only_in_images=merges_assistant(adapter, is_quantised=is_quantised),
+    )
+
+
+def _assistant_rank(config: Config) -> int | None:
+    """The largest rank in the assistant's file, if it is on this machine."""
+    adapter = config.adapter
+    path = Path(adapter.assistant_lora_path or "").expanduser()
+    file = path / (adapter.assistant_lora_weight_name or "") if path.is_dir() else path
+    if not file.is_file() and adapter.assistant_lora_weight_name:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(str(adapter.assistant_lora_path), adapter.assistant_lora_weight_name)
+        except HFValidationError:
+            return None
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    return lora_rank(file)
 
 
 def _validation(config: Config) -> Picture | None:

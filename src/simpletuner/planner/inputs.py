@@ -18,7 +18,10 @@ DeviceKind = Literal["cpu", "cuda", "mps"]
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """A LoRA: its rank and the patterns of what it adapts; or what `lycoris` says; or, with `whole`, all weights of the
-    model, in place of an adapter. `weight_bytes` of one element."""
+    model, in place of an adapter. `weight_bytes` of one element.
+
+    `only_in_images`: it is merged into the weights, and its own wait in main memory for the images.
+    """
 
     rank: int
     targets: tuple[str, ...]
@@ -27,6 +30,7 @@ class Adapter:
     dora: bool = False
     whole: bool = False
     lycoris: LycorisSettings | None = None
+    only_in_images: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -213,7 +213,7 @@ def _training(plan: PlanInput) -> Phase:
     params = adapter_params(plan, plan.adapter)
     device = (
         Part(name="weights", num_bytes=resident_weights(plan)),
-        Part(name="adapter", num_bytes=_adapter_bytes(plan)),
+        Part(name="adapter", num_bytes=_adapter_bytes(plan, in_images=False)),
         Part(name="optimizer", num_bytes=round(params * plan.state_bytes)),
         Part(name="gradients", num_bytes=height.gradients),
         Part(name="activations", num_bytes=height.activations),
@@ -221,8 +221,10 @@ def _training(plan: PlanInput) -> Phase:
         Part(name="contexts", num_bytes=_context_bytes(plan)),
         Part(name="average", num_bytes=average_bytes(plan) if plan.average == "device" else 0),
     )
+    waiting = _adapter_bytes(plan, in_images=True) - _adapter_bytes(plan, in_images=False)
     host = [
         Part(name="weights", num_bytes=held_weights(plan)),
+        Part(name="adapter", num_bytes=waiting),
         Part(name="average", num_bytes=average_bytes(plan) if plan.average == "host" else 0),
     ]
     if plan.inputs_on_host:
@@ -239,7 +241,7 @@ def _validation(plan: PlanInput, picture: Picture) -> Phase:
     decoding = vae_weights(plan) + decode_bytes(plan, picture)
     device = [
         Part(name="weights", num_bytes=resident_weights(plan)),
-        Part(name="adapter", num_bytes=_adapter_bytes(plan)),
+        Part(name="adapter", num_bytes=_adapter_bytes(plan, in_images=True)),
         Part(name="optimizer", num_bytes=round(params * plan.state_bytes)),
         Part(name="contexts", num_bytes=_context_bytes(plan)),
         # While the average stands in for the weights, they wait beside it.
@@ -295,8 +297,10 @@ def decode_bytes(plan: PlanInput, picture: Picture) -> int:
     return 3 * channels[min(1, len(channels) - 1)] * tile * plan.vae_bytes + 3 * pixels * _FLOAT32
 
 
-def _adapter_bytes(plan: PlanInput) -> int:
-    adapters = [adapter for adapter in (plan.adapter, plan.assistant) if adapter is not None and not adapter.whole]
+def _adapter_bytes(plan: PlanInput, *, in_images: bool) -> int:
+    """What adapters take on the device, while images are made or while training."""
+    adapters = [a for a in (plan.adapter, plan.assistant) if a is not None and not a.whole]
+    adapters = [adapter for adapter in adapters if in_images or not adapter.only_in_images]
     return sum(adapter_params(plan, adapter) * adapter.weight_bytes for adapter in adapters)
 
 

@@ -14,6 +14,8 @@ from simpletuner.catalog.precisions import Precision
 
 MODULATION_WIDTH = 256
 TIME_HIDDEN = 1024
+_DOWN_SUFFIXES = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight")
+_MOST_HEADER_BYTES = 100 << 20
 PATCH_VALUES = 4  # latents of a channel in one token
 
 _S = TypeVar("_S")
@@ -188,8 +190,15 @@ class ModelSizes:
     is_read: bool = False
 
 
-def read_sizes(folder: str | None, *, transformer: str | None = None, subfolder: str = "transformer") -> ModelSizes:
-    """The sizes of a pipeline in the diffusers layout at `folder`, its transformer perhaps from elsewhere.
+def read_sizes(
+    folder: str | None,
+    *,
+    transformer: str | None = None,
+    subfolder: str = "transformer",
+    vae: str | None = None,
+    text_encoder: str | None = None,
+) -> ModelSizes:
+    """The sizes of a pipeline in the diffusers layout at `folder`, its parts perhaps from elsewhere.
 
     What is not a folder of this machine (a hub id, a single file) has the released sizes.
     """
@@ -199,10 +208,31 @@ def read_sizes(folder: str | None, *, transformer: str | None = None, subfolder:
     found = _read_json(place / "config.json")
     return ModelSizes(
         transformer=_known(TransformerSizes, found or {}),
-        text_encoder=_known(TextEncoderSizes, _read_json(root / "text_encoder" / "config.json") or {}),
-        vae=_known(VaeSizes, _read_json(root / "vae" / "config.json") or {}),
+        text_encoder=_known(TextEncoderSizes, _part_config(root, text_encoder, "text_encoder")),
+        vae=_known(VaeSizes, _part_config(root, vae, "vae")),
         is_read=found is not None,
     )
+
+
+def _part_config(root: Path, elsewhere: str | None, name: str) -> Mapping[str, Any]:
+    """The config of a part: of the folder that gives it, there under its name or in the root, else of the pipeline."""
+    places = [root / name]
+    if elsewhere:
+        own = Path(elsewhere).expanduser()
+        places = [own / name, own, root / name]
+    return next((found for place in places if (found := _read_json(place / "config.json"))), {})
+
+
+def lora_rank(file: Path) -> int | None:
+    """The largest rank of a LoRA in safetensors format, from the shapes in its header; None if it cannot be told."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, _MOST_HEADER_BYTES)))
+        downs = [entry["shape"] for key, entry in header.items() if key.endswith(_DOWN_SUFFIXES)]
+        return max((int(shape[0]) for shape in downs), default=None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
 
 
 def _known(kind: type[_S], config: Mapping[str, Any]) -> _S:

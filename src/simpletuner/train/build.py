@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from simpletuner.adapters.assistant import ASSISTANT_NAME, activate_with_assistant_, attach_assistant
 from simpletuner.adapters.files import LoraInfo
-from simpletuner.adapters.lora import LoraReport, LoraSettings, set_scale, trainable_parameters
+from simpletuner.adapters.lora import LoraReport, LoraSettings, move_adapter_, set_scale, trainable_parameters
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.datasets import ImageDataset
@@ -22,7 +22,7 @@ from simpletuner.config.optimizer_arguments import read_arguments
 from simpletuner.config.release import releases_gradients
 from simpletuner.config.root import Config
 from simpletuner.data.prompts import PromptStore
-from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.progress import Reporter
 from simpletuner.events.types import ModelLoaded
 from simpletuner.models.places import public_name
 from simpletuner.models.weights import PipelineFiles
@@ -33,6 +33,7 @@ from simpletuner.optim.ema import EmaSettings, WeightAverage
 from simpletuner.optim.release import ReleasedUpdates
 from simpletuner.optim.schedules import ScheduleSettings
 from simpletuner.optim.settings import OptimizerSettings
+from simpletuner.train.assist import Assistant
 from simpletuner.train.context import ContextCache
 from simpletuner.train.device import Compute
 from simpletuner.train.flow_options import flow_settings, loss_settings, noise_settings
@@ -40,14 +41,6 @@ from simpletuner.train.load import load_trained_model
 from simpletuner.train.recompute import apply_recomputation
 from simpletuner.train.step import StepSettings
 from simpletuner.train.trained import Trained, TrainedLora, TrainedLycoris, TrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class AssistantStrengths:
-    """How much an assistant adapter counts in training steps and in validation images."""
-
-    training: float
-    sampling: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +54,7 @@ class Training:
     trained: Trained
     multiplier: float  # of the trained adapter, in training steps
     sampling_multiplier: float  # and in images
-    assistant: AssistantStrengths | None
+    assistant: Assistant | None
     params: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
     ema: WeightAverage | None
@@ -84,41 +77,47 @@ class Training:
 
     def velocity(self, latents: Sequence[Tensor], sigma_B: Tensor, context: Sequence[Tensor]) -> list[Tensor]:
         """Velocities for refined contexts."""
-        with self._autocast():
+        with self.compute.autocasting():
             return velocity(self.transformer, latents, sigma_B, context)
 
     @contextmanager
     def sampling(self, strength: float) -> Iterator[None]:
         """For images: the trained adapter counts `strength` times, the assistant as little as it shall there."""
-        self._set_strengths(strength * self.sampling_multiplier, self.assistant.sampling if self.assistant else 0.0)
+        assistant = self.assistant
+        if assistant is not None and assistant.is_merged and assistant.sampling:
+            move_adapter_(self.transformer, self.compute.device, ASSISTANT_NAME)
+        self._set_strengths(strength * self.sampling_multiplier, assistant.sampling if assistant else 0.0)
         try:
             yield
         finally:
-            self._set_strengths(self.multiplier, self.assistant.training if self.assistant else 0.0)
+            self._set_strengths(self.multiplier, assistant.training if assistant else 0.0)
+            if assistant is not None and assistant.is_merged:
+                move_adapter_(self.transformer, "cpu", ASSISTANT_NAME)
 
     def _set_strengths(self, trained: float, assistant: float) -> None:
         set_scale(self.transformer, trained)
         set_scale(self.transformer, assistant, ASSISTANT_NAME)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.compute.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.compute.device.type, dtype=self.compute.autocast)
 
 
 def build_training(
     config: Config,
     *,
     files: PipelineFiles,
-    assistant_file: Path | None,
+    assistant: Assistant | None,
     prompts: PromptStore,
     trained: Trained,
     compute: Compute,
-    run: RunRecorder,
+    run: Reporter,
 ) -> Training:
     """Load the transformer, then attach the assistant adapter, if there is one, and what is trained."""
     begun = time.monotonic()
-    transformer = load_trained_model(config, files=files.transformer, compute=compute, run=run)
+    transformer = load_trained_model(
+        config,
+        files=files.transformer,
+        compute=compute,
+        run=run,
+        addition=assistant.addition if assistant is not None else None,
+    )
     precision = config.memory.base_model_precision
     run.emit(
         ModelLoaded(
@@ -128,17 +127,14 @@ def build_training(
             seconds=time.monotonic() - begun,
         )
     )
-    assistant = None
-    if assistant_file is not None:
-        options = config.adapter
-        attach_assistant(transformer, assistant_file, dtype=compute.weights)
-        assistant = AssistantStrengths(
-            training=options.assistant_lora_strength, sampling=options.assistant_lora_inference_strength
-        )
+    if assistant is not None:
+        attach_assistant(transformer, assistant.lora, dtype=compute.weights)
     start = config.adapter.init_lora
     adapter = trained.attach(transformer, start=Path(start) if start else None)
     if assistant is not None:
         activate_with_assistant_(transformer, strength=assistant.training)
+        if assistant.is_merged:
+            move_adapter_(transformer, "cpu", ASSISTANT_NAME)
     run.emit(trained.created(adapter))
     params = trainable_parameters(transformer)
     optimizer = build_optimizer(config.optimizer.optimizer, params, optimizer_settings(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,10 @@ class Compute:
         """The format of the matrix products: "bf16", "fp16" or "fp32"."""
         wanted = self.autocast or self.weights
         return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(wanted, "fp32")
+
+    def autocasting(self) -> AbstractContextManager[object]:
+        """The block computes its matrix products in the format that they shall have."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
 
 
 def choose_device(requested: str) -> torch.device:

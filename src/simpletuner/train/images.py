@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,10 +12,12 @@ from torch import Tensor
 from simpletuner.config.root import Config
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
+from simpletuner.events.types import ValidationDrift
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.optim.state import averaged_weights
 from simpletuner.train.build import Training
 from simpletuner.train.prepare import Vae
+from simpletuner.validation.drift import FEW_STEPS, MANY_STEPS, drift_requests, measure_drift
 from simpletuner.validation.gallery import Gallery
 from simpletuner.validation.generate import ImageEngine, SamplingSettings, missing_requests, validate
 from simpletuner.validation.requests import ImageRequest
@@ -60,6 +63,7 @@ class Validator:
         self._run = run
         self._stop = stop
         self._headings = headings
+        self._base_drift: float | None = None
         self._gallery = Gallery(Path(config.run.output_dir), image_format=config.validation.validation_image_format)
 
     @property
@@ -90,35 +94,70 @@ class Validator:
         was_training = training.transformer.training
         training.transformer.eval()
         try:
-            settings = sampling_settings(self._config)
-            total = len(requests) * settings.num_steps
-            with (
-                suppress(_StoppedError),
-                averaged_weights(training.optimizer),
-                self._run.phase("validation", total=total, unit="steps") as progress,
-            ):
-
-                def advance(num_images: int) -> None:
-                    progress.advance(num_images)
-                    if self._stop.level:
-                        raise _StoppedError
-
-                validate(
-                    requests,
-                    step=step,
-                    heading=self._headings,
-                    with_adapter=step > 0,
-                    is_averaged=is_averaged,
-                    engine=self._engine(),
-                    settings=settings,
-                    gallery=self._gallery,
-                    all_requests=self._requests,
-                    emit=self._run.emit,
-                    on_progress=advance,
-                )
+            with suppress(_StoppedError), averaged_weights(training.optimizer):
+                self._make_images(requests, step, is_averaged=is_averaged)
+                if not is_averaged:
+                    self._tell_drift(step)
         finally:
             training.transformer.train(was_training)
             self._vae.park()
+
+    def _make_images(self, requests: Sequence[ImageRequest], step: int, *, is_averaged: bool) -> None:
+        settings = sampling_settings(self._config)
+        with self._run.phase("validation", total=len(requests) * settings.num_steps, unit="steps") as progress:
+
+            def advance(num_images: int) -> None:
+                progress.advance(num_images)
+                if self._stop.level:
+                    raise _StoppedError
+
+            validate(
+                requests,
+                step=step,
+                heading=self._headings,
+                with_adapter=step > 0,
+                is_averaged=is_averaged,
+                engine=self._engine(),
+                settings=settings,
+                gallery=self._gallery,
+                all_requests=self._requests,
+                emit=self._run.emit,
+                on_progress=advance,
+            )
+
+    def _tell_drift(self, step: int) -> None:
+        """Measure the turbo drift of the model after `step` updates, and before the first time that of its base."""
+        count = self._config.validation.validation_turbo_drift
+        requests = drift_requests(self._requests, count, alignment_px=Z_IMAGE.alignment_px)
+        if not requests:
+            return
+        begun = time.monotonic()
+        if self._base_drift is None:
+            self._base_drift = self._measure_drift(requests, 0.0)
+        drift = self._measure_drift(requests, 1.0) if step else self._base_drift
+        self._run.emit(
+            ValidationDrift(
+                step=step,
+                drift=drift,
+                base_drift=self._base_drift,
+                num_images=len(requests),
+                few_steps=FEW_STEPS,
+                many_steps=MANY_STEPS,
+                seconds=time.monotonic() - begun,
+            )
+        )
+
+    def _measure_drift(self, requests: Sequence[ImageRequest], strength: float) -> float:
+        total = len(requests) * (FEW_STEPS + MANY_STEPS)
+        engine, settings = self._engine(), sampling_settings(self._config)
+        with self._run.phase("drift", total=total, unit="steps") as progress, engine.strength(strength):
+
+            def advance(num_images: int) -> None:
+                progress.advance(num_images)
+                if self._stop.level:
+                    raise _StoppedError
+
+            return measure_drift(requests, engine=engine, settings=settings, on_progress=advance)
 
     def _engine(self) -> ImageEngine:
         return ImageEngine(

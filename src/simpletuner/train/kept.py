@@ -40,18 +40,19 @@ def keep_transformer(
     *,
     precision: str,
     dtype: torch.dtype,
+    addition_key: str = "",
     elsewhere: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the quantised `transformer`, made from `files`; complete or not at all.
 
     Args:
+        addition_key: stands for what was added to the weights.
         elsewhere: those of its tensors that are not in it, because they stream.
     Raises:
         OSError: no room, or no right to write there.
     """
-    write_tensors(
-        path, {**transformer.state_dict(), **(elsewhere or {})}, {_MADE_FROM: _made_from(files, precision, dtype)}
-    )
+    made_from = _made_from(files, precision, dtype, addition_key)
+    write_tensors(path, {**transformer.state_dict(), **(elsewhere or {})}, {_MADE_FROM: made_from})
 
 
 def load_kept_transformer(
@@ -61,6 +62,7 @@ def load_kept_transformer(
     precision: str,
     dtype: torch.dtype,
     device: torch.device,
+    addition_key: str = "",
     builder: StreamBuilder | None = None,
     on_progress: OnProgress,
 ) -> ZImageTransformer:
@@ -72,7 +74,7 @@ def load_kept_transformer(
         ModelError: E-QUANTISED-DIR, it was made from other weights or is not whole.
     """
     header = read_header(path)
-    if header.metadata.get(_MADE_FROM) != _made_from(files, precision, dtype):
+    if header.metadata.get(_MADE_FROM) != _made_from(files, precision, dtype, addition_key):
         raise _refusal(path)
     transformer, form = empty_transformer(files), FORMATS[precision]
     unfilled = {layer: dict[str, Tensor]() for layer in quantisable_layers(transformer)}
@@ -103,8 +105,9 @@ def _frozen(transformer: ZImageTransformer, layer: str, parts: Mapping[str, Tens
     return FrozenLinear(parts, (plain.out_features, plain.in_features), None, form=FORMATS[precision])
 
 
-def _made_from(files: WeightFiles, precision: str, dtype: torch.dtype) -> str:
-    return hashlib.sha256("\0".join((_RECIPE, fingerprint(files), precision, str(dtype))).encode()).hexdigest()
+def _made_from(files: WeightFiles, precision: str, dtype: torch.dtype, addition_key: str) -> str:
+    parts = [_RECIPE, fingerprint(files), precision, str(dtype), *([addition_key] if addition_key else [])]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _refusal(path: Path) -> ModelError:

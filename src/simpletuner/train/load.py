@@ -6,8 +6,9 @@ from pathlib import Path
 
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.root import Config
-from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.progress import Reporter
 from simpletuner.models.files import WeightFiles
+from simpletuner.models.streaming import Addition
 from simpletuner.models.z_image.load import load_transformer
 from simpletuner.models.z_image.transformer import ZImageTransformer
 from simpletuner.quant.build import quantiser
@@ -16,13 +17,20 @@ from simpletuner.train.kept import keep_transformer, kept_path, load_kept_transf
 from simpletuner.train.offload import stream_conversion, transformer_stream
 
 
-def load_trained_model(config: Config, *, files: WeightFiles, compute: Compute, run: RunRecorder) -> ZImageTransformer:
-    """From the model's files, or from the quantised form that an earlier start has kept."""
+def load_trained_model(
+    config: Config, *, files: WeightFiles, compute: Compute, run: Reporter, addition: Addition | None = None
+) -> ZImageTransformer:
+    """From the model's files, or from the quantised form that an earlier start has kept.
+
+    Args:
+        addition: what is added to the weights, before they are quantised.
+    """
+    key = addition.key if addition is not None else ""
     memory, precision = config.memory, config.memory.base_model_precision
     folder, keeps = memory.quantized_model_dir, PRECISIONS[precision].keeps_plain_parts
     kept = kept_path(Path(folder), precision) if folder and keeps else None
     on_device = memory.quantize_via != "cpu"
-    stream = transformer_stream(memory, files, compute)
+    stream = transformer_stream(memory, files, compute, addition_key=key)
     builder = None if stream is None else stream.builder()
     with run.phase("transformer", unit="bytes") as progress:
 
@@ -37,6 +45,7 @@ def load_trained_model(config: Config, *, files: WeightFiles, compute: Compute, 
                 precision=precision,
                 dtype=compute.weights,
                 device=compute.device,
+                addition_key=key,
                 builder=builder,
                 on_progress=on_progress,
             )
@@ -51,6 +60,7 @@ def load_trained_model(config: Config, *, files: WeightFiles, compute: Compute, 
                 quantise=quantiser(precision, compute.weights),
                 quantise_on_device=on_device,
                 conversion=conversion,
+                addition=addition,
                 on_progress=on_progress,
             )
         if builder is not None:
@@ -58,5 +68,13 @@ def load_trained_model(config: Config, *, files: WeightFiles, compute: Compute, 
     if kept is not None and not is_kept:
         elsewhere = {} if builder is None else builder.stored()
         with run.phase("quantised"):
-            keep_transformer(kept, transformer, files, precision=precision, dtype=compute.weights, elsewhere=elsewhere)
+            keep_transformer(
+                kept,
+                transformer,
+                files,
+                precision=precision,
+                dtype=compute.weights,
+                addition_key=key,
+                elsewhere=elsewhere,
+            )
     return transformer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -128,4 +129,5 @@ def _step_event(
         data_seconds=data_seconds,
         sigma_mean=result.mean_sigma,
         rollout_forwards=result.rollout_forwards or None,
+        regularisation_loss=None if math.isnan(result.regularisation_loss) else result.regularisation_loss,
     )

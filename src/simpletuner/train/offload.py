@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.config.sections.memory import MemorySection
-from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.progress import Reporter
 from simpletuner.events.types import ProblemReported, SettingOverridden
 from simpletuner.hardware.memory import available_ram_bytes
 from simpletuner.memory.groups import GroupSettings, StreamPlan, choose_groups, plan_stream
@@ -176,8 +176,11 @@ def vae_is_offloaded(memory: MemorySection) -> bool:
     return memory.group_offload_vae or memory.ramtorch_vae
 
 
-def transformer_stream(memory: MemorySection, files: WeightFiles, compute: Compute) -> ModelStream | None:
-    """The trained model's stream, from its config alone; None if it does not stream.
+def transformer_stream(
+    memory: MemorySection, files: WeightFiles, compute: Compute, *, addition_key: str = ""
+) -> ModelStream | None:
+    """The trained model's stream, from its config alone; None if it does not stream. `addition_key` stands for what is
+    added to the weights.
 
     Raises:
         ConfigError: E-OFFLOAD-TARGETS, the options choose no layer.
@@ -195,6 +198,7 @@ def transformer_stream(memory: MemorySection, files: WeightFiles, compute: Compu
         memory=memory,
         precision_option="base_model_precision",
         compute=compute,
+        addition_key=addition_key,
     )
 
 
@@ -207,6 +211,7 @@ def model_stream(
     memory: MemorySection,
     precision_option: PrecisionOption,
     compute: Compute,
+    addition_key: str = "",
 ) -> ModelStream:
     """The stream of a model on the meta device, of which `layers` could stream.
 
@@ -226,7 +231,8 @@ def model_stream(
     precision = memory.base_model_precision if is_trained else memory.text_encoder_precision
     # Quantised elsewhere, the last bit of a scale may differ.
     quantised_on = "cpu" if memory.quantize_via == "cpu" else compute.device.type
-    made = (fingerprint(files), precision, quantised_on, str(compute.weights), repr(groups))
+    made = [fingerprint(files), precision, quantised_on, str(compute.weights), repr(groups)]
+    made += [addition_key] if addition_key else []
     return ModelStream(
         offload=offload,
         precision=precision,
@@ -264,7 +270,9 @@ def stream_conversion(stream: ModelStream, builder: StreamBuilder, *, quantise_o
     )
 
 
-def announce_offload(memory: MemorySection, files: WeightFiles, compute: Compute, run: RunRecorder) -> None:
+def announce_offload(
+    memory: MemorySection, files: WeightFiles, compute: Compute, run: Reporter, *, addition_key: str = ""
+) -> None:
     """Say what the offload of the trained model comes to, before anything is loaded.
 
     Raises:
@@ -273,7 +281,7 @@ def announce_offload(memory: MemorySection, files: WeightFiles, compute: Compute
     if memory.group_offload_use_stream and compute.device.type != "cuda" and asks_for_groups(memory):
         option = "group_offload_use_stream"
         run.emit(SettingOverridden(option=option, requested=True, used=False, reason="override.no_streams"))
-    stream = transformer_stream(memory, files, compute)
+    stream = transformer_stream(memory, files, compute, addition_key=addition_key)
     if stream is None:
         return
     stream.check_room()

@@ -16,7 +16,7 @@ from simpletuner.config.root import Config
 from simpletuner.data.latents import LatentSource, LatentStore, cache_latents
 from simpletuner.data.prompts import PromptSource, PromptStore, cache_prompts
 from simpletuner.data.records import Plan
-from simpletuner.events.run_directory import RunRecorder
+from simpletuner.events.progress import Reporter
 from simpletuner.hardware.process_memory import return_free_memory
 from simpletuner.memory.module_swap import apply_module_swap
 from simpletuner.models.weights import PipelineFiles
@@ -47,7 +47,7 @@ def fill_prompt_cache(
     datasets: DatasetsConfig,
     files: PipelineFiles,
     compute: Compute,
-    run: RunRecorder,
+    run: Reporter,
 ) -> PromptStore:
     """Embeddings of all `prompts`; the text encoder is loaded only if one is missing."""
     dtype, max_tokens = compute.weights, config.model.tokenizer_max_length
@@ -88,7 +88,7 @@ def fill_prompt_cache(
 class Vae:
     """The autoencoder of a run: loaded when it is first needed, for the cache or for images."""
 
-    def __init__(self, config: Config, *, files: PipelineFiles, compute: Compute, run: RunRecorder) -> None:
+    def __init__(self, config: Config, *, files: PipelineFiles, compute: Compute, run: Reporter) -> None:
         self._config = config
         self._files = files
         self._compute = compute
@@ -128,7 +128,7 @@ def fill_latent_cache(
     files: PipelineFiles,
     vae: Vae,
     compute: Compute,
-    run: RunRecorder,
+    run: Reporter,
 ) -> LatentStore:
     """Latents of all samples of the plan; the VAE is loaded only if one is missing."""
     dtype = vae_dtype(config, compute)

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import torch
 
-from simpletuner.adapters.files import LORA_FILE_NAME
 from simpletuner.adapters.lora import disabled
-from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config, options
 from simpletuner.data.loader import Latents, iterate_batches
@@ -25,16 +23,14 @@ from simpletuner.data.sampler import Sampler
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
 from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, Event, ProblemReported, RunPlanned
-from simpletuner.models.hub import Download
 from simpletuner.models.places import public_name
-from simpletuner.models.weights import PipelineFiles, resolve_file, resolve_pipeline
-from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.optim.schedules import schedule_problems
 from simpletuner.optim.settings import state_layout
 from simpletuner.optim.state import averaged_weights, optimizer_state, restore_optimizer_
 from simpletuner.planner.estimate import Estimate
 from simpletuner.problems import ConfigError, ExitCode, Problem, Severity, SimpletunerError
 from simpletuner.train.account import Account
+from simpletuner.train.assist import read_assistant
 from simpletuner.train.build import (
     Training,
     build_training,
@@ -52,6 +48,7 @@ from simpletuner.train.checkpoint import (
     total_bytes,
 )
 from simpletuner.train.device import Compute, choose_compute, choose_device, device_name
+from simpletuner.train.find import find_model
 from simpletuner.train.flow_options import deciding_options
 from simpletuner.train.images import Validator
 from simpletuner.train.loop import Ending, LoopSettings, run_loop
@@ -153,8 +150,10 @@ class _Run:
             compute = self._choose_compute()
             recipe = self._recipe(plan)
             start_step = self._check_checkpoint(checkpoint, recipe)
-            files, assistant_file = self._find_model()
-            announce_offload(config.memory, files.transformer, compute, run)
+            files, assistant_file = find_model(config, run)
+            assistant = read_assistant(config, assistant_file, files.transformer)
+            key = assistant.key if assistant is not None else ""
+            announce_offload(config.memory, files.transformer, compute, run, addition_key=key)
             account = Account(config, self._loaded.datasets, device=compute.device, records=self._measurements)
             self._account = account
             account.look_at(plan, total_steps)
@@ -187,7 +186,7 @@ class _Run:
             training = build_training(
                 config,
                 files=files,
-                assistant_file=assistant_file,
+                assistant=assistant,
                 prompts=prompts,
                 trained=self._trained,
                 compute=compute,
@@ -260,36 +259,6 @@ class _Run:
             self._run.emit(override)
         return compute
 
-    def _find_model(self) -> tuple[PipelineFiles, Path | None]:
-        """The files of the model, and of the assistant adapter if one is to be used."""
-        model, adapter = self._config.model, self._config.adapter
-        with self._run.phase("download", unit="bytes") as progress:
-
-            def on_download(download: Download) -> None:
-                progress.update(download.done_bytes, total=download.size_bytes, detail=download.repo)
-
-            files = resolve_pipeline(
-                model.pretrained_model_name_or_path,
-                spec=Z_IMAGE,
-                revision=model.revision,
-                variant=model.variant,
-                transformer=model.pretrained_transformer_model_name_or_path,
-                transformer_subfolder=model.pretrained_transformer_subfolder,
-                vae=model.pretrained_vae_model_name_or_path,
-                companion=FLAVOURS[model.model_flavour].repository,
-                on_download=on_download,
-            )
-            if adapter.assistant_lora_path is None or adapter.disable_assistant_lora:
-                return files, None
-            assistant_file = resolve_file(
-                adapter.assistant_lora_path,
-                file_name=adapter.assistant_lora_weight_name or LORA_FILE_NAME,
-                part="assistant adapter",
-                option="assistant_lora_path",
-                on_download=on_download,
-            )
-        return files, assistant_file
-
     def _recipe(self, plan: Plan) -> Recipe:
         config, trained = self._config, self._trained.identity
         return Recipe(
@@ -353,6 +322,9 @@ class _Run:
                 num_buckets=sum(len(dataset.buckets) for dataset in plan.datasets),
                 effective_batch_size=config.optimizer.train_batch_size * config.optimizer.gradient_accumulation_steps,
                 validation_step_interval=config.validation.validation_step_interval if requests else None,
+                validation_num_inference_steps=config.validation.validation_num_inference_steps if requests else None,
+                validation_guidance=config.validation.validation_guidance if requests else None,
+                validation_sampling_shift=config.validation.validation_sampling_shift if requests else None,
                 checkpoint_step_interval=config.run.checkpoint_step_interval,
                 gradient_checkpointing=config.memory.gradient_checkpointing,
                 memory_total_bytes=total,

@@ -73,7 +73,7 @@ def validate(
     """
     started = time.monotonic()
     emit(ValidationStarted(step=step, num_images=len(requests)))
-    for group in _groups(requests, engine.px_per_token):
+    for group in grouped(requests, engine.px_per_token):
         group_started = time.monotonic()
         strength = group[0].prompt.strength if with_adapter else 0.0
         with engine.strength(strength):
@@ -119,6 +119,19 @@ def make_images(
 
     `on_progress` is told after each sampling step how many images it moved.
     """
+    latents = sample_latents(requests, engine=engine, settings=settings, on_progress=on_progress)
+    return [to_image(engine.decode(latent[None])[0]) for latent in latents]
+
+
+@torch.no_grad()
+def sample_latents(
+    requests: Sequence[ImageRequest],
+    *,
+    engine: ImageEngine,
+    settings: SamplingSettings,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> list[Tensor]:
+    """The clean latents [C, h, w] of images of any sizes, sampled in one packed call."""
     noise = [
         draw_noise(request.size, request.seed, channels=engine.latent_channels, factor=engine.px_per_latent).to(
             engine.device
@@ -127,7 +140,7 @@ def make_images(
     ]
     context = engine.context_of([request.prompt.text for request in requests])
     negative = engine.context_of([settings.negative_prompt] * len(requests)) if settings.guidance > 0 else None
-    latents = sample(
+    return sample(
         engine.velocity,
         noise,
         context,
@@ -136,13 +149,28 @@ def make_images(
         guidance=Guidance(scale=settings.guidance),
         on_step=lambda _: on_progress(len(requests)),
     )
-    return [to_image(engine.decode(latent[None])[0]) for latent in latents]
 
 
 def to_image(pixels_CHW: Tensor) -> Image.Image:
     """[3, H, W] in [-1, 1] (clamped) -> an RGB image."""
     bytes_HWC = ((pixels_CHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(bytes_HWC.cpu().numpy()))
+
+
+def grouped(requests: Sequence[ImageRequest], px_per_token: int) -> Iterator[list[ImageRequest]]:
+    """Consecutive requests of one adapter strength that fit into one call."""
+    group: list[ImageRequest] = []
+    tokens = 0
+    for request in requests:
+        more = request.size[0] * request.size[1] // px_per_token**2
+        full = tokens + more > _TOKENS_PER_CALL
+        if group and (full or request.prompt.strength != group[0].prompt.strength):
+            yield group
+            group, tokens = [], 0
+        group.append(request)
+        tokens += more
+    if group:
+        yield group
 
 
 def missing_requests(
@@ -157,22 +185,6 @@ def missing_requests(
         and (entry.guidance, entry.num_inference_steps, entry.shift, entry.negative_prompt) == wanted
     ]
     return [request for request in requests if not any(entry.shows(request) for entry in there)]
-
-
-def _groups(requests: Sequence[ImageRequest], px_per_token: int) -> Iterator[list[ImageRequest]]:
-    """Consecutive requests of one adapter strength that fit into one call."""
-    group: list[ImageRequest] = []
-    tokens = 0
-    for request in requests:
-        more = request.size[0] * request.size[1] // px_per_token**2
-        full = tokens + more > _TOKENS_PER_CALL
-        if group and (full or request.prompt.strength != group[0].prompt.strength):
-            yield group
-            group, tokens = [], 0
-        group.append(request)
-        tokens += more
-    if group:
-        yield group
 
 
 def _write_sheet(

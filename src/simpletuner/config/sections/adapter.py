@@ -54,7 +54,9 @@ class AdapterSection(Section):
     init_lokr_norm: Annotated[float | None, Gt(0), Le(1), Opt(level="expert")] = None
     """Start a LoKr at random, with an update of this share of each weight's norm, in place of one of zero."""
 
-    assistant_lora_path: Annotated[str | None, Opt(holds="location", shown_default="by model_flavour")] = None
+    assistant_lora_path: Annotated[
+        str | None, Opt(holds="location", keeps_empty=True, shown_default="by model_flavour")
+    ] = None
     """Adapter that keeps a turbo model's few-step ability out of the trained weights: hub id, folder or file. turbo
     and turbo-ostris-v2 fill it in."""
 
@@ -67,5 +69,20 @@ class AdapterSection(Section):
     assistant_lora_inference_strength: Annotated[float, Ge(0), Le(10), Opt()] = 0.0
     """Weight of the assistant adapter in validation images. 0 leaves it out, as at inference."""
 
+    assistant_lora_mode: Annotated[Literal["auto", "live", "merged"], Opt()] = "auto"
+    """How the assistant takes part: live beside the trained adapter, or merged into the weights before they are
+    quantised and subtracted in validation images, which makes steps faster. auto merges where weights are quantised."""
+
     disable_assistant_lora: Annotated[bool, Opt()] = False
     """Train a turbo model without the assistant adapter. The result loses quality."""
+
+
+def has_assistant(adapter: AdapterSection) -> bool:
+    """Whether the options name an assistant adapter that is to be used: an empty path, or none, names none."""
+    path = adapter.assistant_lora_path
+    return path is not None and path.strip().lower() not in ("", "none") and not adapter.disable_assistant_lora
+
+
+def merges_assistant(adapter: AdapterSection, *, is_quantised: bool) -> bool:
+    """Whether the assistant is added to the weights; left to the program, where their format rounds them anyway."""
+    return is_quantised if adapter.assistant_lora_mode == "auto" else adapter.assistant_lora_mode == "merged"

@@ -24,16 +24,22 @@ class ModelSection(Section):
     from pretrained_model_name_or_path. demo is the small built-in model."""
 
     pretrained_model_name_or_path: Annotated[str, Opt(level="basic", holds="location")] = _DEFAULT.repository
-    """Hub id, folder in the diffusers layout, or a single transformer file. The default follows model_flavour."""
+    """Hub id, folder in the diffusers layout, or a single transformer file (.safetensors, .gguf). The default follows
+    model_flavour."""
 
     pretrained_transformer_model_name_or_path: Annotated[str | None, Opt(holds="location")] = None
-    """Take only the transformer from here: hub id, folder, or a .safetensors file."""
+    """Take only the transformer from here: hub id, folder, or a single file: .safetensors in diffusers' or ComfyUI's
+    layout, 8-bit floats included, or .gguf."""
 
     pretrained_transformer_subfolder: Annotated[str, Opt()] = "transformer"
     """Subfolder that holds the transformer. none: the root of the repository."""
 
     pretrained_vae_model_name_or_path: Annotated[str | None, Opt(holds="location")] = None
     """Take only the VAE from here: hub id or folder."""
+
+    qwen_text_encoder_model_name_or_path: Annotated[str | None, Opt(holds="location")] = None
+    """Take only the text encoder, a Qwen3 of the same size, from here: hub id, folder, or a .safetensors file. The
+    tokenizer stays that of the pipeline."""
 
     revision: Annotated[str | None, Opt()] = None
     """Branch, tag or commit of the hub repository."""

@@ -38,7 +38,8 @@ class ValidationSection(Section):
     validation_guidance: Annotated[float, Ge(0), Le(30), Opt(shown_default="by model_flavour")] = (
         _DEFAULT.validation_guidance
     )
-    """Guidance scale on Z-Image's scale, where 0 is off. Turbo models want 0 to 1, base 4 to 6."""
+    """Guidance scale on Z-Image's scale, where 0 is off; other programs' CFG is this plus 1. Turbo models want 0 to 1
+    (CFG 1 to 2), base 4 to 6 (CFG 5 to 7)."""
 
     validation_num_inference_steps: Annotated[
         int, Ge(1), Le(1000), Opt(unit="steps", shown_default="by model_flavour")
@@ -49,6 +50,13 @@ class ValidationSection(Section):
         _DEFAULT.validation_sampling_shift
     )
     """Shift of the sampling schedule; independent of flow_schedule_shift, which is for training."""
+
+    validation_turbo_drift: Annotated[int, Ge(0), Le(64), Opt(unit="images", shown_default="by model_flavour")] = (
+        _DEFAULT.validation_turbo_drift
+    )
+    """With each validation, measure on so many images of at most 512 x 512 px how far 8 sampling steps are from 30, of
+    the base and with the adapter: a model that loses its few-step ability drifts away. Each image costs 38 steps; 0
+    measures nothing."""
 
     validation_seed: Annotated[int, Ge(0), Le(2**31 - 1), Opt()] = 42
     """Seed of the validation images; fixed, so that images of different steps can be compared."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.models.files import WeightFiles, read_json, unsupported
-from simpletuner.models.streaming import Conversion, OnProgress, load_weights_, quantising, stored_names
+from simpletuner.models.streaming import Addition, Conversion, OnProgress, load_weights_, quantising, stored_names
 from simpletuner.models.z_image.layouts import transformer_keys
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
@@ -23,6 +23,7 @@ def load_transformer(
     quantise: Callable[[Tensor], nn.Module] | None = None,
     quantise_on_device: bool = True,
     conversion: Conversion | None = None,
+    addition: Addition | None = None,
     on_progress: OnProgress | None = None,
 ) -> ZImageTransformer:
     """The transformer on `device`, its parameters frozen and in `dtype`.
@@ -32,6 +33,7 @@ def load_transformer(
             token or every step passes through (`FamilySpec.never_quantised`).
         quantise_on_device: call it on `device` rather than in main memory.
         conversion: in place of `quantise`, for other layers or other changes.
+        addition: what is added to weights before that.
     Raises:
         ModelError: the files are damaged, hold another model, or one that this module does not implement.
     """
@@ -45,6 +47,7 @@ def load_transformer(
         dtype=dtype,
         device=torch.device(device),
         conversion=conversion,
+        addition=addition,
         on_progress=on_progress,
     )
     return transformer.eval()

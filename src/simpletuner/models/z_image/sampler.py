@@ -40,6 +40,11 @@ class Guidance:
         return 0.0 if self.truncation <= 1 and 1 - sigma > self.truncation else self.scale
 
 
+def usual_scale(scale: float) -> float:
+    """A guidance scale as other programs count it, where 1 is off."""
+    return 1 + scale
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplerStep:
     """State after a step; `clean` is where the flow of this step points to, for previews."""

@@ -1,0 +1,1 @@
+"""Images from any base model and adapters: `simpletuner generate`."""

@@ -1,0 +1,53 @@
+"""The command line of `simpletuner generate`: help, and mistakes that show before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from simpletuner.cli.main import main
+from simpletuner.problems import ExitCode
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_help_tells_of_every_flag(capsys):
+    for language in ("en", "es"):
+        assert main(["generate", "--help", "--lang", language]) == 0
+        told = capsys.readouterr().out
+        for flag in (
+            "--prompt",
+            "--negative",
+            "--lora",
+            "--seed",
+            "--size",
+            "--steps",
+            "--guidance",
+            "--cfg",
+            "--grid",
+        ):
+            assert flag in told
+
+
+@pytest.mark.parametrize("language", ["en", "es"])
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--cfg", "much", "-p", "x"], "E-GENERATE-USAGE", "much"),
+        (["--flavour", "demo"], "E-GENERATE-NO-PROMPT", "--prompt"),
+        (["--flavour", "demo", "-p", "x", "--steps", "0"], "E-VALUE-RANGE", "validation_num_inference_steps"),
+        (["--flavour", "dmo", "-p", "x"], "E-VALUE-CHOICE", "demo"),
+        (["--flavour", "demo", "-p", "x", "--prmpt", "y"], "E-KEY-MISSPELT", "--prompt"),
+        (["--flavour", "demo", "-p", "x", "--step", "8"], "E-KEY-MISSPELT", "--steps"),
+        (["--flavour", "demo", "-p", "x", "--lora_rnk", "8"], "E-KEY-MISSPELT", "lora_rank"),
+        (["--flavour", "demo", "-p", "x", "--lora", "none.safetensors"], "E-MODEL-PATH  --lora", "none.safetensors"),
+        (["--flavour", "demo", "-p", "x", "--base_model_precision", "int8dq-torchao"], "E-PRECISION-GRADIENTS", "int8"),
+    ],
+)
+def test_a_mistake_is_told_at_once(capsys, words, code, told, language):
+    assert main(["generate", *words, "--lang", language]) != ExitCode.OK
+    error = capsys.readouterr().err
+    assert code in error
+    assert told in error
