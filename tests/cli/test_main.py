@@ -87,7 +87,10 @@ def test_an_unknown_command_is_guessed(capsys):
     error = capsys.readouterr().err
     assert error.startswith("✗ E-COMMAND-MISSPELT\n  trian is not a command. Did you mean train?")
     assert main(["qqq", "--lang=es"]) == ExitCode.USAGE
-    assert f"El comando qqq no existe.\n  Hay estos: {', '.join(COMMANDS)}." in capsys.readouterr().err
+    assert (
+        "El comando qqq no existe.\n  Hay estos: train, generate, estimate, config, examples, runs."
+        in capsys.readouterr().err
+    )
 
 
 def test_an_unknown_group(capsys):

@@ -70,7 +70,7 @@ OPTIONS = {
     "W-FLAVOUR-GUESSED": ({"pretrained_model_name_or_path": "my/model"}, ["my/model", "base", "model_flavour"]),
     "I-MODEL-RENAMED": ({"pretrained_model_name_or_path": "TONGYI-MAI/Z-Image-Base"}, ["Tongyi-MAI/Z-Image;"]),
     "W-ASSISTANT-OFF": ({"disable_assistant_lora": True}, ["turbo-ostris-v2"]),
-    "E-ASSISTANT-MISSING": ({"assistant_lora_path": "none"}, ["turbo-ostris-v2", "disable_assistant_lora"]),
+    "E-ASSISTANT-MISSING": ({"assistant_lora_path": ""}, ["turbo-ostris-v2", "disable_assistant_lora"]),
     "W-ASSISTANT-NEEDLESS": ({"model_flavour": "base", "assistant_lora_path": "a/b"}, ["base", "assistant_lora_path"]),
     "W-SHIFT-TURBO": ({"flow_schedule_shift": 1.5}, ["flow_schedule_shift = 1.5", "(3)"]),
     "W-SHIFT-AUTO": (

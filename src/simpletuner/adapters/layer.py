@@ -8,6 +8,7 @@ in backward. Here both additions happen inside the matrix products, which saves 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -32,6 +33,8 @@ class FrozenBase(Protocol):
 
 class LoraLinear(nn.Module):
     """`base_layer` with adapters around it; those in `active` act, each `strengths[name]` times its trained scale.
+
+    At strength 0 an adapter is as if it were not there, to the last bit.
 
     `scales` are alpha / rank. `dropouts` zero a share of an adapter's input while training.
     """
@@ -77,11 +80,6 @@ class LoraLinear(nn.Module):
     def out_features(self) -> int:
         return self.base_layer.out_features
 
-    @property
-    def acting(self) -> tuple[str, ...]:
-        """The active adapters that are not at strength 0, which are as if they were not there, to the last bit."""
-        return tuple(name for name in self.active if self.strengths[name])
-
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] of an adapter."""
         return cast("Tensor", self.lora_A[name].weight), cast("Tensor", self.lora_B[name].weight)
@@ -95,26 +93,27 @@ class LoraLinear(nn.Module):
 
     def _forward(self, x: Tensor, known: Tensor | None) -> Tensor:
         base = self.base_layer
-        acting = self.acting
-        if not acting:
+        active = [name for name in self.active if self.strengths[name]]
+        if not active:
             return cast("Tensor", base(x))
-        scales = tuple(self.scales[name] * self.strengths[name] for name in acting)
-        pairs = [self.pair(name) for name in acting]
-        drops = self.training and any(self.dropouts[name] > 0 for name in acting)
+        scales = tuple(self.scales[name] * self.strengths[name] for name in active)
+        pairs = [self.pair(name) for name in active]
+        drops = self.training and any(self.dropouts[name] > 0 for name in active)
         is_plain = type(base) is nn.Linear and not base.weight.requires_grad
         if drops or not (is_plain or self._base_multiplies_itself):
-            return self._general_forward(x, scales, pairs)
+            return self._general_forward(x, active)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         flat = [weight for pair in pairs for weight in pair]
         return cast("Tensor", _LowRankLinear.apply(x.to(dtype), base, scales, (known,), *flat))
 
-    def _general_forward(self, x: Tensor, scales: tuple[float, ...], pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _general_forward(self, x: Tensor, active: Sequence[str]) -> Tensor:
         """With dropout, or around a base that is trained or of a library's own: the formula, left to autograd."""
         out = self.base_layer(x)
-        for name, scale, (down, up) in zip(self.acting, scales, pairs, strict=True):
+        for name in active:
+            down, up = self.pair(name)
             inner = F.linear(F.dropout(x, self.dropouts[name], self.training), down.to(x.dtype))
-            out = out + F.linear(inner, up.to(inner.dtype)) * scale
+            out = out + F.linear(inner, up.to(inner.dtype)) * (self.scales[name] * self.strengths[name])
         return cast("Tensor", out)
 
     def extra_repr(self) -> str:

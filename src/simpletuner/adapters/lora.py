@@ -91,14 +91,6 @@ def activate_(model: nn.Module, adapter_names: Sequence[str]) -> None:
             module.active = tuple(name for name in adapter_names if name in module.scales)
 
 
-def move_adapter_(model: nn.Module, device: torch.device | str, adapter_name: str) -> None:
-    """Put the adapter's weights on `device`, wherever the model is. Elsewhere than where the model computes it must not
-    act: its strength has to be 0."""
-    for _, layer in _lora_layers(model, adapter_name):
-        layer.lora_A[adapter_name].to(device)
-        layer.lora_B[adapter_name].to(device)
-
-
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that training changes, in the model's order."""
     return [p for p in model.parameters() if p.requires_grad]
@@ -185,6 +177,14 @@ def set_scale(model: nn.Module, scale: float, adapter_name: str = ADAPTER_NAME) 
     """Set the adapter's strength: 1 as trained, 0 off."""
     for _, layer in _lora_layers(model, adapter_name):
         layer.strengths[adapter_name] = scale
+
+
+def move_adapter_(model: nn.Module, device: torch.device | str, adapter_name: str) -> None:
+    """Put the adapter's weights on `device`, wherever the model is. Elsewhere than where the model computes it must not
+    act: its strength has to be 0."""
+    for _, layer in _lora_layers(model, adapter_name):
+        layer.lora_A[adapter_name].to(device)
+        layer.lora_B[adapter_name].to(device)
 
 
 def _lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLinear]]:

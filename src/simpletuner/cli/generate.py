@@ -131,23 +131,19 @@ def _load(words: Sequence[str], own: argparse.Namespace) -> LoadedConfig:
         written.append(f"--validation_prompt={own.prompt[0]}")
     written += ["--validation_disable=false", "--disable_assistant_lora=true"]  # that one is for training
     loaded = load_run_config(
-        written, environ=os.environ, cwd=Path.cwd(), must_run=False, check_folders=False, needs_files=False
+        written, environ=os.environ, cwd=Path.cwd(), must_run=False, check_folders=False, must_train=False
     )
     beyond = [p for p in loaded.warnings if p.code.startswith("E-") and _is_about_images(p)]
     if beyond:
         raise ConfigError([replace(problem, severity=Severity.ERROR) for problem in beyond])
-    return _with_plan(_with_cache(loaded))
-
-
-def _with_cache(loaded: LoadedConfig) -> LoadedConfig:
-    """With a place for cached embeddings where no datasets name one: that of the run, or one for all commands."""
-    embeds = loaded.datasets.text_embeds
-    if embeds.cache_dir:
-        return loaded
-    is_own = loaded.config_path is not None or loaded.origins["cache_dir"].kind is not OriginKind.DEFAULT
-    folder = Path(loaded.config.data.cache_dir) / "text" if is_own else state_folder(os.environ) / "prompts"
-    embeds = embeds.model_copy(update={"cache_dir": str(folder)})
-    return replace(loaded, datasets=replace(loaded.datasets, text_embeds=embeds))
+    if loaded.config_path is None and loaded.origins["cache_dir"].kind is OriginKind.DEFAULT:
+        # No run whose cache could be shared: one for all commands.
+        cache = str(state_folder(os.environ) / "prompts")
+        datasets = replace(
+            loaded.datasets, text_embeds=loaded.datasets.text_embeds.model_copy(update={"cache_dir": cache})
+        )
+        loaded = replace(loaded, datasets=datasets)
+    return _with_plan(loaded)
 
 
 def _with_plan(loaded: LoadedConfig) -> LoadedConfig:

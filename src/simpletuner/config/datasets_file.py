@@ -36,13 +36,10 @@ class DatasetsResult:
     lines: Mapping[str, int] = field(default_factory=dict)
 
 
-def load_datasets(config: Config, *, environ: Mapping[str, str], cwd: Path, is_needed: bool = True) -> DatasetsResult:
-    """Read the file that `config` names. Never raises for what the file says: problems come back, all at once. One
-    that is not there has no datasets where none is needed."""
+def load_datasets(config: Config, *, environ: Mapping[str, str], cwd: Path) -> DatasetsResult:
+    """Read the file that `config` names. Never raises for what the file says: problems come back, all at once."""
     path = Path(config.data.data_backend_config)
     shown = shown_path(path, cwd)
-    if not is_file(path) and not is_needed:
-        return DatasetsResult(config=DatasetsConfig(images=(), text_embeds=TextEmbeds(), path=path))
     if not is_file(path):
         problem = Problem(code="E-DATASETS-MISSING", params={"file": shown}, path="/data_backend_config")
         return DatasetsResult(config=None, problems=(problem,))

@@ -11,7 +11,7 @@ from simpletuner.catalog.upstream import UPSTREAM, Effect, asks_for_something
 from simpletuner.config.argv import parse_arguments
 from simpletuner.config.build import build_section, convert_setting, invalid_names
 from simpletuner.config.datasets import DatasetsConfig
-from simpletuner.config.datasets_file import load_datasets
+from simpletuner.config.datasets_file import load_datasets, no_datasets
 from simpletuner.config.derive import Settings, derive
 from simpletuner.config.files import environment_settings, file_settings
 from simpletuner.config.names import closest_option, meaning_of
@@ -47,7 +47,7 @@ def load_run_config(
     cwd: Path,
     must_run: bool = True,
     check_folders: bool = True,
-    needs_files: bool = True,
+    must_train: bool = True,
 ) -> LoadedConfig:
     """Read everything that says how a run is to be. Flags win over the environment, it over files, they over the
     flavour, it over defaults.
@@ -55,10 +55,10 @@ def load_run_config(
     `argv` are the words after the command's own flags. Without `must_run`, what this version knows but cannot do yet
     (quantisation, say) is a warning, so that a configuration can be checked and shown; a run must not start from it.
     Without `check_folders`, the folders of the datasets need not be there: what is shown may belong elsewhere.
-    Without `needs_files`, flags alone will do; a file that is named or found is read all the same.
+    Without `must_train`, neither a configuration file nor datasets are needed: the model is only to be used.
     Raises ConfigError with every problem at once; DatasetError if only folders of datasets are missing.
     """
-    gathered = _gather(argv, environ, cwd, needs_files=needs_files)
+    gathered = _gather(argv, environ, cwd, must_train)
     winners, problems, refused = _resolve(gathered.settings, environ)
     problems = [*gathered.problems, *problems]
     derived = derive(winners, config_path=gathered.found.path, cwd=cwd)
@@ -69,7 +69,9 @@ def load_run_config(
     broken, beyond = broken_rules(config, origins, invalid_names(problems))
     problems += broken
     refused += beyond
-    datasets = load_datasets(config, environ=environ, cwd=cwd, is_needed=needs_files)
+    datasets = load_datasets(config, environ=environ, cwd=cwd)
+    if datasets.config is None and not must_train:
+        datasets = no_datasets(config)
     problems += (_with_origin(problem, origins) for problem in datasets.problems)
     refused += datasets.refused
     problems += refused if must_run else (replace(p, severity=Severity.WARNING) for p in refused)
@@ -98,12 +100,12 @@ class _Gathered:
     problems: tuple[Problem, ...]
 
 
-def _gather(argv: Sequence[str], environ: Mapping[str, str], cwd: Path, *, needs_files: bool) -> _Gathered:
+def _gather(argv: Sequence[str], environ: Mapping[str, str], cwd: Path, must_train: bool) -> _Gathered:
     line = parse_arguments(argv)
     problems = list(line.problems)
     surrounding, more = environment_settings(environ)
     problems += more
-    needed = needs_files and not _names_datasets((*surrounding, *line.settings))
+    needed = must_train and not _names_datasets((*surrounding, *line.settings))
     try:
         found = find_config(line, environ=environ, cwd=cwd, needed=needed)
         written, more = file_settings(found, environ=environ, cwd=cwd)

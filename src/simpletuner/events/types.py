@@ -235,9 +235,9 @@ class StepFinished(Event):
     learning_rate: float
     step_seconds: float  # wall time from the end of the previous step's work, data included
     samples: int  # in the global batch of this update
-    regularisation_loss: float | None = None  # mean over the samples of regularisation datasets; None without any
     data_seconds: float | None = None  # of step_seconds, waiting for data
     sigma_mean: float | None = None
+    regularisation_loss: float | None = None  # mean over the samples of regularisation datasets; None without any
     peak_memory_bytes: int | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Training:
 
     def velocity(self, latents: Sequence[Tensor], sigma_B: Tensor, context: Sequence[Tensor]) -> list[Tensor]:
         """Velocities for refined contexts."""
-        with self._autocast():
+        with self.compute.autocasting():
             return velocity(self.transformer, latents, sigma_B, context)
 
     @contextmanager
@@ -94,9 +94,6 @@ class Training:
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
         load_adapter_state(self.transformer, state)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return self.compute.autocasting()
 
 
 def build_training(

@@ -88,63 +88,56 @@ class Validator:
         was_training = training.transformer.training
         training.transformer.eval()
         try:
-            settings = sampling_settings(self._config)
-            total = len(requests) * settings.num_steps
-            with (
-                suppress(_StoppedError),
-                averaged_weights(training.optimizer),
-                self._run.phase("validation", total=total, unit="steps") as progress,
-            ):
-
-                def advance(num_images: int) -> None:
-                    progress.advance(num_images)
-                    if self._stop.level:
-                        raise _StoppedError
-
-                validate(
-                    requests,
-                    step=step,
-                    heading=self._headings,
-                    with_adapter=step > 0,
-                    engine=self._engine(),
-                    settings=settings,
-                    gallery=self._gallery,
-                    all_requests=self._requests,
-                    emit=self._run.emit,
-                    on_progress=advance,
-                )
+            with suppress(_StoppedError), averaged_weights(training.optimizer):
+                self._make_images(requests, step)
+                self._tell_drift(step)
         finally:
             training.transformer.train(was_training)
             self._vae.park()
-        self._tell_drift(step)
+
+    def _make_images(self, requests: Sequence[ImageRequest], step: int) -> None:
+        settings = sampling_settings(self._config)
+        with self._run.phase("validation", total=len(requests) * settings.num_steps, unit="steps") as progress:
+
+            def advance(num_images: int) -> None:
+                progress.advance(num_images)
+                if self._stop.level:
+                    raise _StoppedError
+
+            validate(
+                requests,
+                step=step,
+                heading=self._headings,
+                with_adapter=step > 0,
+                engine=self._engine(),
+                settings=settings,
+                gallery=self._gallery,
+                all_requests=self._requests,
+                emit=self._run.emit,
+                on_progress=advance,
+            )
 
     def _tell_drift(self, step: int) -> None:
         """Measure the turbo drift of the model after `step` updates, and before the first time that of its base."""
         count = self._config.validation.validation_turbo_drift
         requests = drift_requests(self._requests, count, alignment_px=Z_IMAGE.alignment_px)
-        if not requests or self._stop.level:
+        if not requests:
             return
-        training, begun = self._training, time.monotonic()
-        was_training = training.transformer.training
-        training.transformer.eval()
-        try:
-            with suppress(_StoppedError), averaged_weights(training.optimizer):
-                if self._base_drift is None:
-                    self._base_drift = self._measure_drift(requests, 0.0)
-                drift = self._measure_drift(requests, 1.0) if step else self._base_drift
-                self._run.emit(
-                    ValidationDrift(
-                        step=step,
-                        drift=drift,
-                        base_drift=self._base_drift,
-                        num_images=len(requests),
-                        few_steps=FEW_STEPS,
-                        many_steps=MANY_STEPS,
-                        seconds=time.monotonic() - begun,
-                    )
-                )
-        finally:
-            training.transformer.train(was_training)
+        begun = time.monotonic()
+        if self._base_drift is None:
+            self._base_drift = self._measure_drift(requests, 0.0)
+        drift = self._measure_drift(requests, 1.0) if step else self._base_drift
+        self._run.emit(
+            ValidationDrift(
+                step=step,
+                drift=drift,
+                base_drift=self._base_drift,
+                num_images=len(requests),
+                few_steps=FEW_STEPS,
+                many_steps=MANY_STEPS,
+                seconds=time.monotonic() - begun,
+            )
+        )
 
     def _measure_drift(self, requests: Sequence[ImageRequest], strength: float) -> float:
         total = len(requests) * (FEW_STEPS + MANY_STEPS)

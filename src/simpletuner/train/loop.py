@@ -126,7 +126,7 @@ def _step_event(
         learning_rate=learning_rate,
         step_seconds=seconds,
         samples=result.num_samples,
-        regularisation_loss=None if math.isnan(result.regularisation_loss) else result.regularisation_loss,
         data_seconds=data_seconds,
         sigma_mean=result.mean_sigma,
+        regularisation_loss=None if math.isnan(result.regularisation_loss) else result.regularisation_loss,
     )

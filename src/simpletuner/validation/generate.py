@@ -154,20 +154,6 @@ def to_image(pixels_CHW: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(bytes_HWC.cpu().numpy()))
 
 
-def missing_requests(
-    requests: Sequence[ImageRequest], gallery: Gallery, *, step: int, settings: SamplingSettings
-) -> list[ImageRequest]:
-    """Those of `requests` that the gallery does not show at `step`, sampled with these settings, yet."""
-    wanted = (settings.guidance, settings.num_steps, settings.shift, settings.negative_prompt)
-    there = [
-        entry
-        for entry in gallery.entries()
-        if entry.step == step
-        and (entry.guidance, entry.num_inference_steps, entry.shift, entry.negative_prompt) == wanted
-    ]
-    return [request for request in requests if not any(entry.shows(request) for entry in there)]
-
-
 def grouped(requests: Sequence[ImageRequest], px_per_token: int) -> Iterator[list[ImageRequest]]:
     """Consecutive requests of one adapter strength that fit into one call."""
     group: list[ImageRequest] = []
@@ -182,6 +168,20 @@ def grouped(requests: Sequence[ImageRequest], px_per_token: int) -> Iterator[lis
         tokens += more
     if group:
         yield group
+
+
+def missing_requests(
+    requests: Sequence[ImageRequest], gallery: Gallery, *, step: int, settings: SamplingSettings
+) -> list[ImageRequest]:
+    """Those of `requests` that the gallery does not show at `step`, sampled with these settings, yet."""
+    wanted = (settings.guidance, settings.num_steps, settings.shift, settings.negative_prompt)
+    there = [
+        entry
+        for entry in gallery.entries()
+        if entry.step == step
+        and (entry.guidance, entry.num_inference_steps, entry.shift, entry.negative_prompt) == wanted
+    ]
+    return [request for request in requests if not any(entry.shows(request) for entry in there)]
 
 
 def _entry(

@@ -31,7 +31,9 @@ class AdapterSection(Section):
     init_lora: Annotated[str | None, Opt(holds="path")] = None
     """LoRA file to start from, in place of a fresh adapter."""
 
-    assistant_lora_path: Annotated[str | None, Opt(holds="location", shown_default="by model_flavour")] = None
+    assistant_lora_path: Annotated[
+        str | None, Opt(holds="location", keeps_empty=True, shown_default="by model_flavour")
+    ] = None
     """Adapter that keeps a turbo model's few-step ability out of the trained weights: hub id, folder or file. turbo
     and turbo-ostris-v2 fill it in."""
 
@@ -53,9 +55,9 @@ class AdapterSection(Section):
 
 
 def has_assistant(adapter: AdapterSection) -> bool:
-    """Whether the options name an assistant adapter that is to be used; "none" names none."""
+    """Whether the options name an assistant adapter that is to be used: an empty path, or none, names none."""
     path = adapter.assistant_lora_path
-    return path is not None and path.strip().lower() != "none" and not adapter.disable_assistant_lora
+    return path is not None and path.strip().lower() not in ("", "none") and not adapter.disable_assistant_lora
 
 
 def merges_assistant(adapter: AdapterSection, *, is_quantised: bool) -> bool:
