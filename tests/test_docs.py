@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -353,6 +354,23 @@ def test_ratios_are_the_measured_ones(page: Path):
     one, four = ([ratio for batch, ratio in ratios if batch == wanted] for wanted in ("1 x", "4 mixed"))
     told = re.findall(r"(0\.\d\d) (?:to|a) (0\.\d\d)", prose(page))
     assert told == [(min(one), max(one)), (min(four), max(four))]
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / f"FLOW{end}.md" for end in ("", ".es")], ids=shown)
+def test_the_table_of_ways_to_train_is_the_measured_one(page: Path):
+    rows = json.loads((ROOT / "bench" / "results" / "flow.json").read_text())
+    measured = set()
+    for way in {row["way"] for row in rows}:
+        runs = [row for row in rows if row["way"] == way]
+        levels = [fmean(errors) for errors in zip(*(run["held_out"] for run in runs), strict=True)]
+        drifted = fmean(fmean(run["rolled"]) for run in runs)
+        values = (*levels, fmean(levels), drifted, fmean(run["kept"] for run in runs))
+        measured.add(tuple(f"{value:.3f}" for value in values))
+    told = [
+        tuple(cells.split(" | "))
+        for cells in re.findall(r"^\| [^|]+ \| ((?:\d\.\d{3}(?: \| )?){8}) \|$", read(page), re.M)
+    ]
+    assert len(told) == 8 and set(told) <= measured
 
 
 @each_pair
