@@ -1,4 +1,4 @@
-"""What adapters, regularisation, laws of the noise level and rollout do on the demo base, with seeds and curves.
+"""What adapters, regularisation and laws of the noise level do on the demo base, with seeds and curves.
 
 Every run is a `simpletuner train` of the demo's subject, shorter than the demo, in a process of its own on one thread.
 Afterwards it is measured by what it never saw:
@@ -7,7 +7,7 @@ Afterwards it is measured by what it never saw:
   by colour: how often the subject is shown, how often a scene is what was asked for, how alike a scene is to the
   base's picture of it (PSNR);
 - the loss on newly drawn pictures of the subject and of scenes, with the same noise for all runs, in five bands of
-  sigma, and on states to which the model's own sampling has led.
+  sigma.
 
     python bench/experiments.py [--only WORD ...] [--seeds 0 1] [--steps 300] [--jobs 2]
 
@@ -74,7 +74,6 @@ LAWS: Mapping[str, Mapping[str, Any]] = {
         "flow_schedule_shift": 1.0,
     },
 }
-ROLLOUT = {"scheduled_sampling_max_step_offset": 3, "scheduled_sampling_probability": 0.5}
 VARIANTS = (
     *(
         Variant(
@@ -87,7 +86,6 @@ VARIANTS = (
         for kept in ((False,) if name == "full" else (True, False))
     ),
     *(Variant(name=name, question="laws", options=options) for name, options in LAWS.items()),
-    Variant(name="rollout", question="rollout", options=ROLLOUT),
 )
 
 
@@ -206,31 +204,6 @@ def held_out_losses(folder: Path) -> dict[str, list[float]]:
             errors = [float((p - (e - x)).square().mean()) for p, e, x in zip(predicted, noise, latents, strict=True)]
             found["subject"].append(statistics.mean(errors[:NUM_HELD_OUT]))
             found["scenes"].append(statistics.mean(errors[NUM_HELD_OUT:]))
-        found["rolled"] = rolled_losses(velocity, latents[:NUM_HELD_OUT], noise, captions[:NUM_HELD_OUT])
-    return found
-
-
-def rolled_losses(velocity: Any, latents: Sequence[Any], noise: Sequence[Any], captions: Sequence[str]) -> list[float]:
-    """Mean squared error of the velocity to the clean picture where two steps of the model's own sampling (of ten, from
-    different levels on) have led: what it sees when it samples, and not when it is trained."""
-    import torch
-
-    from simpletuner.models.z_image.sampler import sigmas
-
-    levels = sigmas(10, 3.0).tolist()
-    found = []
-    for first in (1, 3, 5, 7):
-        states = [torch.lerp(x, e, levels[first]) for x, e in zip(latents, noise, strict=False)]
-        for now, after in ((levels[first], levels[first + 1]), (levels[first + 1], levels[first + 2])):
-            moves = velocity(states, torch.full((len(states),), now), captions)
-            states = [state + (after - now) * move for state, move in zip(states, moves, strict=True)]
-        level = levels[first + 2]
-        predicted = velocity(states, torch.full((len(states),), level), captions)
-        errors = [
-            float((p - (state - x) / level).square().mean())
-            for p, state, x in zip(predicted, states, latents, strict=True)
-        ]
-        found.append(statistics.mean(errors))
     return found
 
 

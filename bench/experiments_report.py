@@ -20,7 +20,6 @@ BEGIN, END = "<!-- results: written by bench/experiments_report.py -->", "<!-- e
 TITLES = {
     "adapters": "Adapters, with and without regularisation",
     "laws": "Laws of the noise level",
-    "rollout": "Rollout",
 }
 _SIZE, _FINER = (960, 460), 3
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 250, 44, 58
@@ -41,8 +40,6 @@ def main() -> None:
 
 def _section(question: str, rows: Rows) -> Iterator[str]:
     asked = [row for row in rows if row["question"] == question]
-    if question == "rollout":  # beside the same run without it
-        asked += [row for row in rows if row["name"] == "LoRA"]
     if not asked:
         return
     groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -74,21 +71,6 @@ def _section(question: str, rows: Rows) -> Iterator[str]:
             [
                 (name, *(f"{value:.3f}" for value in values), f"**{statistics.mean(values):.3f}**")
                 for name, values in ((name, _bands(group, what)) for name, group in groups.items())
-            ],
-        )
-    if question == "rollout":
-        yield "Held-out loss of the subject on states of the model's own sampling, from much noise to little:"
-        rolled = [
-            (name, [row["held_out"]["rolled"] for row in group if "rolled" in row["held_out"]])
-            for name, group in groups.items()
-        ]
-        yield _table(
-            ("run", "1", "2", "3", "4", "all"),
-            [
-                (name, *(f"{value:.3f}" for value in values), f"**{statistics.mean(values):.3f}**")
-                for name, runs in rolled
-                for values in [[statistics.mean(column) for column in zip(*runs, strict=True)]]
-                if runs
             ],
         )
     loss, held_out = f"images/experiments-{question}-loss.png", f"images/experiments-{question}-sigma.png"
