@@ -255,7 +255,7 @@ def move_adapter_(model: nn.Module, device: torch.device | str, adapter_name: st
 def _lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear) and adapter_name in module.scales:
-            yield name, module
+            yield name.replace(".base_layer", ""), module  # it may lie inside another adapter
 
 
 def _with_adapters(model: nn.Module, name: str) -> LoraLinear:
@@ -264,7 +264,7 @@ def _with_adapters(model: nn.Module, name: str) -> LoraLinear:
     parent = model.get_submodule(parent_name)
     module = parent.get_submodule(last)
     if not isinstance(module, LoraLinear):
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, (nn.Linear, AdaptedLinear))
         module = LoraLinear(module)
         setattr(parent, last, module)
     return module
