@@ -7,7 +7,7 @@ Afterwards it is measured by what it never saw:
   by colour: how often the subject is shown, how often a scene is what was asked for, how alike a scene is to the
   base's picture of it (PSNR);
 - the loss on newly drawn pictures of the subject and of scenes, with the same noise for all runs, in five bands of
-  sigma.
+  sigma, and on states to which the model's own sampling has led.
 
     python bench/experiments.py [--only WORD ...] [--seeds 0 1] [--steps 300] [--jobs 2]
 
@@ -24,9 +24,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ VARIANTS = (
             regularised=kept,
         )
         for name, options in ADAPTERS.items()
-        for kept in (True, False)
+        for kept in ((False,) if name == "full" else (True, False))
     ),
     *(Variant(name=name, question="laws", options=options) for name, options in LAWS.items()),
     Variant(name="rollout", question="rollout", options=ROLLOUT),
@@ -194,7 +193,8 @@ def held_out_losses(folder: Path) -> dict[str, list[float]]:
     ]
     captions = [caption for _, caption in pairs]
     found: dict[str, list[float]] = {"subject": [], "scenes": []}
-    with open_trained(folder, captions) as (velocity, encode), torch.no_grad():
+    velocity, encode = open_trained(folder, captions)
+    with torch.no_grad():
         latents = encode([picture for picture, _ in pairs])
         generator = torch.Generator().manual_seed(7)
         noise = [torch.randn(x.shape, generator=generator) for x in latents]
@@ -206,22 +206,44 @@ def held_out_losses(folder: Path) -> dict[str, list[float]]:
             errors = [float((p - (e - x)).square().mean()) for p, e, x in zip(predicted, noise, latents, strict=True)]
             found["subject"].append(statistics.mean(errors[:NUM_HELD_OUT]))
             found["scenes"].append(statistics.mean(errors[NUM_HELD_OUT:]))
+        found["rolled"] = rolled_losses(velocity, latents[:NUM_HELD_OUT], noise, captions[:NUM_HELD_OUT])
     return found
 
 
-@contextmanager
-def open_trained(folder: Path, captions: Sequence[str]) -> Iterator[tuple[Any, Any]]:
+def rolled_losses(velocity: Any, latents: Sequence[Any], noise: Sequence[Any], captions: Sequence[str]) -> list[float]:
+    """Mean squared error of the velocity to the clean picture where two steps of the model's own sampling (of ten, from
+    different levels on) have led: what it sees when it samples, and not when it is trained."""
+    import torch
+
+    from simpletuner.models.z_image.sampler import sigmas
+
+    levels = sigmas(10, 3.0).tolist()
+    found = []
+    for first in (1, 3, 5, 7):
+        states = [torch.lerp(x, e, levels[first]) for x, e in zip(latents, noise, strict=False)]
+        for now, after in ((levels[first], levels[first + 1]), (levels[first + 1], levels[first + 2])):
+            moves = velocity(states, torch.full((len(states),), now), captions)
+            states = [state + (after - now) * move for state, move in zip(states, moves, strict=True)]
+        level = levels[first + 2]
+        predicted = velocity(states, torch.full((len(states),), level), captions)
+        errors = [
+            float((p - (state - x) / level).square().mean())
+            for p, state, x in zip(predicted, states, latents, strict=True)
+        ]
+        found.append(statistics.mean(errors))
+    return found
+
+
+def open_trained(folder: Path, captions: Sequence[str]) -> tuple[Any, Any]:
     """(velocity of noisy latents, sigma and captions; latents of pictures) of the model that a run has trained."""
     import numpy as np
     import torch
 
     from simpletuner.config.load import load_run_config
-    from simpletuner.events.run_directory import RunRecorder
-    from simpletuner.events.run_status import RunInfo
+    from simpletuner.events.progress import SinkReporter
     from simpletuner.models.weights import resolve_pipeline
     from simpletuner.models.z_image.spec import Z_IMAGE
-    from simpletuner.train.build import build_training
-    from simpletuner.train.checkpoint import load_adapter
+    from simpletuner.train.build import build_training, trained_weights
     from simpletuner.train.device import choose_compute
     from simpletuner.train.prepare import Vae, fill_prompt_cache
     from simpletuner.train.resume import find_checkpoints
@@ -230,22 +252,24 @@ def open_trained(folder: Path, captions: Sequence[str]) -> Iterator[tuple[Any, A
     config, device = loaded.config, torch.device("cpu")
     compute, _ = choose_compute(device, mixed_precision="no", base_model_default_dtype="fp32")
     files = resolve_pipeline(config.model.pretrained_model_name_or_path, spec=Z_IMAGE)
-    info = RunInfo(version="", argv=())
-    with RunRecorder.start(folder / "evaluation", info=info, effective_config="{}") as run:
-        prompts = fill_prompt_cache(
-            captions, config=config, datasets=loaded.datasets, files=files, compute=compute, run=run
-        )
-        training = build_training(config, files=files, assistant_file=None, prompts=prompts, compute=compute, run=run)
-        newest = max(find_checkpoints(folder / "run"), key=lambda checkpoint: checkpoint.step)
-        training.load_adapter_state(dict(load_adapter(newest)))
-        training.transformer.eval()
-        codec = Vae(config, files=files, compute=compute, run=run).open()
+    run = SinkReporter([])
+    prompts = fill_prompt_cache(
+        captions, config=config, datasets=loaded.datasets, files=files, compute=compute, run=run
+    )
+    trained = trained_weights(config, config_hash="")
+    training = build_training(
+        config, files=files, assistant=None, prompts=prompts, trained=trained, compute=compute, run=run
+    )
+    newest = max(find_checkpoints(folder / "run"), key=lambda checkpoint: checkpoint.step)
+    trained.load(newest.path, training.transformer)
+    training.transformer.eval()
+    codec = Vae(config, files=files, compute=compute, run=run).open()
 
-        def encode(pictures: Sequence[Any]) -> list[torch.Tensor]:
-            arrays = [np.asarray(picture, dtype=np.float32) / 127.5 - 1 for picture in pictures]
-            return [codec.encode(torch.from_numpy(array).permute(2, 0, 1)[None])[0] for array in arrays]
+    def encode(pictures: Sequence[Any]) -> list[torch.Tensor]:
+        arrays = [np.asarray(picture, dtype=np.float32) / 127.5 - 1 for picture in pictures]
+        return [codec.encode(torch.from_numpy(array).permute(2, 0, 1)[None])[0] for array in arrays]
 
-        yield training.predict, encode
+    return training.predict, encode
 
 
 def package() -> Path:

@@ -76,6 +76,21 @@ def _section(question: str, rows: Rows) -> Iterator[str]:
                 for name, values in ((name, _bands(group, what)) for name, group in groups.items())
             ],
         )
+    if question == "rollout":
+        yield "Held-out loss of the subject on states of the model's own sampling, from much noise to little:"
+        rolled = [
+            (name, [row["held_out"]["rolled"] for row in group if "rolled" in row["held_out"]])
+            for name, group in groups.items()
+        ]
+        yield _table(
+            ("run", "1", "2", "3", "4", "all"),
+            [
+                (name, *(f"{value:.3f}" for value in values), f"**{statistics.mean(values):.3f}**")
+                for name, runs in rolled
+                for values in [[statistics.mean(column) for column in zip(*runs, strict=True)]]
+                if runs
+            ],
+        )
     loss, held_out = f"images/experiments-{question}-loss.png", f"images/experiments-{question}-sigma.png"
     curves = {name: _smoothed([row["losses"] for row in group]) for name, group in groups.items()}
     _draw(DOCS / loss, "training loss", "update", curves)

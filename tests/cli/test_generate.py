@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from simpletuner.cli import generate as command
 from simpletuner.cli.main import main
 from simpletuner.problems import ExitCode
 
@@ -51,3 +54,16 @@ def test_a_mistake_is_told_at_once(capsys, words, code, told, language):
     error = capsys.readouterr().err
     assert code in error
     assert told in error
+
+
+def test_embeddings_are_kept_with_the_run_or_once_for_all_commands(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIMPLETUNER_STATE_DIR", str(tmp_path / "state"))
+
+    def cache_dir(*words):
+        own, rest = command._parser().parse_known_args(["-p", "x", *words])
+        return Path(command._load(rest, own).datasets.text_embeds.cache_dir)
+
+    assert cache_dir("--flavour", "demo") == tmp_path / "state" / "prompts"
+    assert cache_dir("--flavour", "demo", "--cache_dir", "own") == tmp_path / "own" / "text"
+    (tmp_path / "config.json").write_text('{"model_flavour": "demo", "output_dir": "out"}')  # its datasets are gone
+    assert cache_dir() == tmp_path / "out" / "cache" / "text"

@@ -36,7 +36,7 @@ def read_until(process: subprocess.Popen[str], until: str) -> str:
 
 
 def test_the_first_saves_and_says_so_once(children, tmp_path):
-    process = children.start(tmp_path)
+    process = children.start(tmp_path, "step=0.3")
     said = press(process, SAVING)
     out, rest = process.communicate(timeout=20)
     assert process.returncode == 75

@@ -255,6 +255,24 @@ def test_a_transformer_from_another_repository(server: FakeHub, hub: Hub, repo: 
     assert not any(name.startswith("transformer/diffusion") for name in server.fetched_from(REPO))
 
 
+def test_a_repository_with_nothing_but_one_file_means_that_file(
+    server: FakeHub, hub: Hub, repo: Path, pipeline_dir: Path, tmp_path: Path
+) -> None:
+    """As fine-tunes are published for ComfyUI; the sizes are the pipeline's. Fetched once, then used offline."""
+    custom = tmp_path / "custom"
+    custom.mkdir()
+    shutil.copy(next((pipeline_dir / "transformer").glob("*.safetensors")), custom / "tuned.safetensors")
+    (custom / "README.md").write_text("a fine-tune")
+    server.repos["owner/custom"] = custom
+    files = resolve_pipeline(REPO, spec=Z_IMAGE, transformer="owner/custom", hub=hub)
+    assert [shard.name for shard in files.transformer.shards] == ["tuned.safetensors"]
+    assert files.transformer.config_path.parent.name == "transformer"
+    assert "tuned.safetensors" in server.fetched_from("owner/custom")
+    server.num_requests = 0
+    assert resolve_pipeline(REPO, spec=Z_IMAGE, transformer="owner/custom", hub=hub) == files
+    assert server.num_requests == 0
+
+
 def test_one_file_of_a_repository(server: FakeHub, hub: Hub, repo: Path, tmp_path: Path) -> None:
     other = tmp_path / "comfy"
     (other / "split_files").mkdir(parents=True)

@@ -14,7 +14,6 @@ from simpletuner.adapters.assistant import activate_with_assistant_, attach_assi
 from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, load_lora, save_lora
 from simpletuner.adapters.lora import LoraSettings, adapter_state, apply_lora, trainable_parameters
 from simpletuner.adapters.lycoris import lycoris_layers
-from simpletuner.adapters.targets import linear_names
 from simpletuner.catalog.lycoris import LycorisSettings, Update
 from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
 from simpletuner.optim.build import build_optimizer
@@ -76,7 +75,7 @@ def assistant(tmp_path: Path) -> Path:
 def test_what_is_saved_comes_back_bit_for_bit_beside_an_assistant(tmp_path, assistant, kind):
     first, second = model(), model()
     for transformer in (first, second):
-        attach_assistant(transformer, load_lora(assistant, linear_names(transformer)), dtype=torch.float32)
+        attach_assistant(transformer, load_lora(assistant), dtype=torch.float32)
         report = KINDS[kind]().attach(transformer, start=None)
         activate_with_assistant_(transformer, strength=1.0)
         assert report.num_params == sum(p.numel() for p in trainable_parameters(transformer))
@@ -93,7 +92,7 @@ def test_what_is_saved_comes_back_bit_for_bit_beside_an_assistant(tmp_path, assi
 def test_all_weights_are_saved_under_the_checkpoints_names_without_the_assistant(tmp_path, assistant):
     transformer = model()
     names = set(transformer.state_dict())
-    attach_assistant(transformer, load_lora(assistant, linear_names(transformer)), dtype=torch.float32)
+    attach_assistant(transformer, load_lora(assistant), dtype=torch.float32)
     report = TrainedModel().attach(transformer, start=None)
     assert report.num_params == transformer.num_params
     folder = TrainedModel().save(tmp_path, transformer, step=1)

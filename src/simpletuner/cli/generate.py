@@ -136,14 +136,18 @@ def _load(words: Sequence[str], own: argparse.Namespace) -> LoadedConfig:
     beyond = [p for p in loaded.warnings if p.code.startswith("E-") and _is_about_images(p)]
     if beyond:
         raise ConfigError([replace(problem, severity=Severity.ERROR) for problem in beyond])
-    if loaded.config_path is None and loaded.origins["cache_dir"].kind is OriginKind.DEFAULT:
-        # No run whose cache could be shared: one for all commands.
-        cache = str(state_folder(os.environ) / "prompts")
-        datasets = replace(
-            loaded.datasets, text_embeds=loaded.datasets.text_embeds.model_copy(update={"cache_dir": cache})
-        )
-        loaded = replace(loaded, datasets=datasets)
-    return _with_plan(loaded)
+    return _with_plan(_with_cache(loaded))
+
+
+def _with_cache(loaded: LoadedConfig) -> LoadedConfig:
+    """With a place for embeddings where no datasets name one: that of the run's cache, or one for all commands."""
+    is_own = loaded.config_path is not None or loaded.origins["cache_dir"].kind is not OriginKind.DEFAULT
+    embeds = loaded.datasets.text_embeds
+    if embeds.cache_dir and is_own:
+        return loaded
+    folder = Path(loaded.config.data.cache_dir) / "text" if is_own else state_folder(os.environ) / "prompts"
+    embeds = embeds.model_copy(update={"cache_dir": str(folder)})
+    return replace(loaded, datasets=replace(loaded.datasets, text_embeds=embeds))
 
 
 def _with_plan(loaded: LoadedConfig) -> LoadedConfig:

@@ -229,6 +229,9 @@ def _elsewhere(place: Place, candidates: Sequence[Part], main_root: Path, own: P
     of a place that has no config.json where the part should be.
     """
     if not place.is_single_file:
+        only = _cached_only_file(place, own, access)
+        if only is not None:
+            return _elsewhere(only, candidates, main_root, own, access)
         root = _open(place, candidates, _CONFIG_PATTERNS, access, alternatives=True)
         present = _present(root, candidates, alternatives=True)
         only = None if present else _only_file(place, root, own, access)
@@ -243,17 +246,23 @@ def _elsewhere(place: Place, candidates: Sequence[Part], main_root: Path, own: P
     return WeightFiles(part=own.name, config_path=main_root / own.inside("config.json"), shards=(path,))
 
 
+def _cached_only_file(place: Place, own: Part, access: Access) -> Place | None:
+    """As `_only_file`, of a repository, by what the local cache has of it."""
+    cached = cached_snapshot(access.hub, place.repo, [f"*{WEIGHTS_SUFFIX}"]) if place.repo is not None else None
+    return None if cached is None else _lone(place, cached, own, [path.name for path in cached.iterdir()])
+
+
 def _only_file(place: Place, root: Path, own: Part, access: Access) -> Place | None:
     """The one weight file of a place that is no pipeline and no folder of a part; None if it has several, or none."""
-    if any((root / folder / "config.json").is_file() for folder in ("", own.name)):
+    names = file_names(access.hub, place.repo) if place.repo is not None else [path.name for path in root.iterdir()]
+    return _lone(place, root, own, names)
+
+
+def _lone(place: Place, root: Path, own: Part, names: Sequence[str]) -> Place | None:
+    weights = [name for name in names if name.endswith(WEIGHTS_SUFFIX) and "/" not in name]
+    if len(weights) != 1 or any((root / folder / "config.json").is_file() for folder in ("", own.name)):
         return None
-    found = root.iterdir() if place.repo is None else map(Path, file_names(access.hub, place.repo))
-    names = [
-        path.name for path in found if path.suffix == WEIGHTS_SUFFIX and (place.repo is None or len(path.parts) == 1)
-    ]
-    if len(names) != 1:
-        return None
-    return replace(place, file=names[0]) if place.repo is not None else replace(place, path=root / names[0])
+    return replace(place, file=weights[0]) if place.repo is not None else replace(place, path=root / weights[0])
 
 
 def _single_file(place: Place, part: str, access: Access) -> Path:
