@@ -14,20 +14,25 @@ import torch
 from torch import nn
 
 from simpletuner.adapters.files import LORA_FILE_NAME
-from simpletuner.adapters.lora import LoraSettings, apply_lora, disabled, set_scale, trainable_parameters
+from simpletuner.adapters.lora import LoraSettings, activate_, apply_lora, disabled, set_scale, trainable_parameters
 from simpletuner.adapters.lycoris import (
     LYCORIS_CONFIG_NAME,
+    LycorisFile,
     apply_lycoris,
+    attach_lycoris,
+    is_lycoris,
     load_lycoris,
     load_lycoris_,
     lycoris_layers,
     lycoris_state,
     save_lycoris,
+    set_lycoris_,
 )
 from simpletuner.adapters.targets import linear_names
 from simpletuner.catalog.lycoris import CLASSES, LycorisSettings, Update, chosen_updates
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.memory.checkpointing import apply_checkpointing
+from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
 from simpletuner.problems import ConfigError, ModelError
 
 from .conftest import TINY, randomise_, tiny_transformer
@@ -265,14 +270,60 @@ def test_beside_another_adapter_only_it_is_trained_and_switched_off(predict):
     apply_lycoris(model, LOKR, seed=7)
     assert len(trainable_parameters(model)) == len(lycoris_state(model)) == 2 * 28
     assert "layers.0.attention.to_q" in linear_names(model)
-    from simpletuner.adapters.lora import activate_
-
     activate_(model, ("assistant", "default"))
     assert close(predict(model), with_assistant)
     randomise_(model, seed=5)
     assert not close(predict(model), with_assistant)
     with disabled(model):
         assert equal(predict(model), with_assistant)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_file_is_attached_to_another_model_by_what_it_says(tmp_path, name, predict):
+    """Beside a LoRA, twice over: each acts, and values of another checkpoint take the place of the first."""
+    trained, later = adapted(EVERY[name]), adapted(EVERY[name], seed=8)
+    randomise_(trained)
+    randomise_(later, seed=3)
+    paths = []
+    for index, model in enumerate((trained, later)):
+        (tmp_path / str(index)).mkdir()
+        paths.append(save(model, tmp_path / str(index)))
+    assert all(is_lycoris(path) == (name != "lora") for path in paths)
+    other = tiny_transformer()
+    files = [load_lycoris(path, linear_names(other)) for path in paths]
+    modules = attach_lycoris(other, files[0], dtype=torch.float32, adapter_name="one", path="/lora")
+    assert len(modules) == 28 and not trainable_parameters(other)
+    assert equal(predict(other), predict(trained))
+    set_lycoris_(other, files[1], "one")
+    assert equal(predict(other), predict(later))
+    before = predict(other)
+    attach_lycoris(other, files[0], dtype=torch.float32, adapter_name="two", path="/lora")
+    apply_lora(other, LoraSettings(rank=2, alpha=2, targets=("to_q",)), adapter_name="three")
+    activate_(other, ("one", "two", "three"))
+    assert not close(predict(other), before)
+    set_scale(other, 0.0, "two")
+    assert close(predict(other), before)
+    set_lycoris_(other, files[1], "two")
+    set_scale(other, 0.0, "one")
+    set_scale(other, 1.0, "two")
+    assert close(predict(other), before)
+
+
+def test_a_file_for_another_model_is_not_attached(tmp_path):
+    path = save(adapted(LOKR), tmp_path)
+    larger = ZImageTransformer(ZImageTransformerConfig(**{**TINY, "dim": 96, "axes_dims": (16, 16, 16)}))
+    file = load_lycoris(path, linear_names(larger))
+    with pytest.raises(ModelError) as error:
+        attach_lycoris(larger, file, dtype=torch.float32, adapter_name="one", path="/lora")
+    assert "E-LYCORIS-SHAPE" in problem_of(error) and "[48, 48]" in problem_of(error)
+    file = load_lycoris(path, linear_names(larger))
+    torn = LycorisFile(modules={"layers.0.attention.to_q": {"lokr_w1": torch.zeros(4, 4)}})
+    with pytest.raises(ModelError) as error:
+        attach_lycoris(larger, torn, dtype=torch.float32, adapter_name="one", path="/lora")
+    assert "layers.0.attention.to_q.lokr_w2_a" in problem_of(error)
+    with pytest.raises(ModelError) as error:
+        attach_lycoris(nn.Sequential(), file, dtype=torch.float32, adapter_name="one", path="/lora")
+    assert "E-LYCORIS-MODULES" in problem_of(error)
 
 
 def test_a_preset_that_stands_for_nothing_is_named():

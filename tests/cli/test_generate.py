@@ -8,7 +8,7 @@ import pytest
 
 from simpletuner.cli import generate as command
 from simpletuner.cli.main import main
-from simpletuner.problems import ExitCode
+from simpletuner.problems import ConfigError, ExitCode
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +67,22 @@ def test_embeddings_are_kept_with_the_run_or_once_for_all_commands(tmp_path, mon
     assert cache_dir("--flavour", "demo", "--cache_dir", "own") == tmp_path / "own" / "text"
     (tmp_path / "config.json").write_text('{"model_flavour": "demo", "output_dir": "out"}')  # its datasets are gone
     assert cache_dir() == tmp_path / "out" / "cache" / "text"
+
+
+def test_a_run_of_all_weights_shows_its_own_model(tmp_path):
+    """The finished one, before that the newest checkpoint's, and no adapter beside it."""
+    run = tmp_path / "run"
+    (run / "checkpoint-x").mkdir(parents=True)
+    (run / "config.json").write_text('{"model_type": "full", "model_flavour": "demo", "max_grad_norm": 0}')
+    (run / "run.json").write_text("{}")
+    own = command._parser().parse_args([])
+    with pytest.raises(ConfigError) as error:
+        command._load(["run/config.json"], own)
+    assert error.value.problems[0].code == "E-GENERATE-EMPTY-RUN"
+    for place in ("checkpoint-2", "checkpoint-10", "."):
+        (run / place / "transformer").mkdir(parents=True)
+        (run / place / "transformer/config.json").write_text("{}")
+        loaded = command._load(["run/config.json"], own)
+        assert loaded.config.model.pretrained_transformer_model_name_or_path == str(run / place)
+        assert loaded.config.model.pretrained_transformer_subfolder == "transformer"
+        assert command._choices([], loaded) == []

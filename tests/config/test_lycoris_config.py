@@ -12,6 +12,7 @@ import simpletuner
 from simpletuner.catalog.lycoris import LycorisSettings, Update
 from simpletuner.config.lycoris import canonical_lycoris, read_lycoris
 from simpletuner.config.release import releases_gradients
+from simpletuner.config.sections.adapter import merges_assistant
 
 from .test_messages import check
 
@@ -174,6 +175,15 @@ def test_regularisation_needs_the_untrained_model(with_config, with_datasets):
     check(with_config({**FULL, "max_grad_norm": 0}).problem("E-FULL-REGULARISATION"), ["subject", "model_type full"])
 
 
+@pytest.mark.parametrize("option", [{"use_dora": True}, {"model_type": "full"}])
+def test_a_merged_assistant_would_be_in_the_file(with_config, option):
+    turbo = {"model_flavour": "turbo", "assistant_lora_mode": "merged"}
+    problem = with_config({**turbo, **option}).problem("E-ASSISTANT-IN-FILE")
+    check(problem, [next(iter(option)), "merged", "live"])
+    adapter = with_config({"model_flavour": "turbo", "use_dora": True}).load().config.adapter
+    assert not merges_assistant(adapter, is_quantised=True)
+
+
 def test_targets_may_be_in_a_file(with_config):
     project = with_config(peft_lora_target_modules="config/targets.json")
     check(project.problem("E-LORA-TARGETS-FILE"), ["config/targets.json", "to_q"])
@@ -193,4 +203,5 @@ def test_every_text_is_asserted():
         "E-LORA-INIT-TWICE",
         "E-FULL-REGULARISATION",
         "E-LORA-TARGETS-FILE",
+        "E-ASSISTANT-IN-FILE",
     }

@@ -79,6 +79,53 @@ def file_entries(update: Update, tensors: Tensors) -> dict[str, Tensor]:
     return found
 
 
+def update_of(tensors: Tensors) -> Update | None:
+    """The update that a file's tensors of one layer are, by `tensor_name`; None if they are none that is known."""
+    names = tensors.keys()
+    alpha = float(tensors["alpha"].item()) if "alpha" in names else None
+
+    def low_rank(algo: str, inner: str) -> Update:
+        dim = tensors[inner].shape[0] if inner in names else 1
+        return Update(algo=algo, dim=dim, alpha=float(dim) if alpha is None else alpha)
+
+    if names & {"lokr_w1", "lokr_w1_a"}:
+        return low_rank("lokr", "lokr_w2_b" if "lokr_w2_b" in names else "lokr_w1_b")
+    if "hada_w1_b" in names:
+        return low_rank("loha", "hada_w1_b")
+    if "lora_down" in names:
+        return low_rank("lora", "lora_down")
+    if "a2" in names:
+        return low_rank("glora", "a2")
+    if "oft_blocks" in names:
+        algo = "diag-oft" if tensors["oft_blocks"].ndim == 3 else "boft"
+        return Update(algo=algo, constraint=alpha or 0.0, rescaled="rescale" in names)
+    if "on_input" in names:
+        return Update(algo="ia3", on_input=bool(tensors["on_input"].item()))
+    return Update(algo="full") if "diff" in names else None
+
+
+def weight_size(update: Update, tensors: Tensors) -> tuple[int | None, int | None]:
+    """(rows, columns) of the weight that the tensors change; None where they do not tell."""
+    size = {name: tensor.shape for name, tensor in tensors.items()}
+    match update.algo:
+        case "lokr":
+            first = size["lokr_w1"] if "lokr_w1" in size else (size["lokr_w1_a"][0], size["lokr_w1_b"][1])
+            second = size["lokr_w2"] if "lokr_w2" in size else (size["lokr_w2_a"][0], size["lokr_w2_b"][1])
+            return first[0] * second[0], first[1] * second[1]
+        case "loha":
+            return size["hada_w1_a"][0], size["hada_w1_b"][1]
+        case "lora":
+            return size["lora_up"][0], size["lora_down"][1]
+        case "glora":
+            return size["b1"][0], size["b2"][1]
+        case "ia3":
+            (length,) = size["weight"]
+            return (None, length) if update.on_input else (length, None)
+        case "full":
+            return size["diff"][0], size["diff"][1]
+    return size["oft_blocks"][-3] * size["oft_blocks"][-1], None
+
+
 def tensor_name(entry: str) -> str:
     """The name of a trained tensor that a file calls `entry`."""
     return _TENSOR_NAMES.get(entry, entry)

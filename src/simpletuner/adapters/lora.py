@@ -25,7 +25,7 @@ ADAPTER_NAME = "default"
 WEIGHT_STARTS = ("pissa", "olora")
 """Ways to start an adapter from the weight itself."""
 
-_MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ def adapter_state(model: nn.Module, adapter_name: str = ADAPTER_NAME) -> dict[st
         state[f"{name}.lora_A.weight"] = down
         state[f"{name}.lora_B.weight"] = up
         if adapter_name in layer.lora_magnitude_vector:
-            state[f"{name}.{_MAGNITUDE}"] = layer.magnitude(adapter_name).detach()
+            state[f"{name}.{MAGNITUDE}"] = layer.magnitude(adapter_name).detach()
     return state
 
 
@@ -162,7 +162,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], adapter_na
             first_down.copy_(wide_down[len(down) :])
             first_up.copy_(-wide_up[:, len(down) :])
         if adapter_name in layer.lora_magnitude_vector:
-            layer.magnitude(adapter_name).copy_(state[f"{name}.{_MAGNITUDE}"])
+            layer.magnitude(adapter_name).copy_(state[f"{name}.{MAGNITUDE}"])
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def start_from_(
     own = adapter_state(model, adapter_name)
     layers = dict(_lora_layers(model, adapter_name))
     assert not any(layer.starts for layer in layers.values()), "a start of its own and one from a file"
-    if not settings.dora and any(key.endswith(_MAGNITUDE) for key in file.tensors):
+    if not settings.dora and any(key.endswith(MAGNITUDE) for key in file.tensors):
         fixes = (Fix(key="use_dora", value=True),)
         raise ModelError(Problem(code="E-LORA-DORA", path="/use_dora", fixes=fixes))
     foreign = file.tensors.keys() - own.keys()
@@ -194,7 +194,7 @@ def start_from_(
         told = {"missing": "-", "foreign": _some(foreign)}
         raise ModelError(Problem(code="E-LORA-MODULES", params=told, path=path))
     for key, tensor in file.tensors.items():
-        if key.endswith(_MAGNITUDE):
+        if key.endswith(MAGNITUDE):
             if tensor.shape != own[key].shape:
                 raise ModelError(_shape_problem(key, expected=own[key], found=tensor))
             continue
@@ -213,7 +213,7 @@ def start_from_(
             scale = file.scales[key.removesuffix(".lora_B.weight")] / settings.scale
             own[key][:, : tensor.shape[1]] = tensor.float() * scale
     for name, layer in layers.items() if settings.dora else ():
-        length = file.tensors.get(f"{name}.{_MAGNITUDE}")
+        length = file.tensors.get(f"{name}.{MAGNITUDE}")
         layer.set_magnitude_(adapter_name, length)
 
 
@@ -255,7 +255,7 @@ def move_adapter_(model: nn.Module, device: torch.device | str, adapter_name: st
 def _lora_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear) and adapter_name in module.scales:
-            yield name, module
+            yield name.replace(".base_layer", ""), module  # it may lie inside another adapter
 
 
 def _with_adapters(model: nn.Module, name: str) -> LoraLinear:
@@ -264,7 +264,7 @@ def _with_adapters(model: nn.Module, name: str) -> LoraLinear:
     parent = model.get_submodule(parent_name)
     module = parent.get_submodule(last)
     if not isinstance(module, LoraLinear):
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, (nn.Linear, AdaptedLinear))
         module = LoraLinear(module)
         setattr(parent, last, module)
     return module

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from simpletuner.adapters.algorithms import file_entries, initial_tensors, scale_of, tensor_name
+from simpletuner.adapters.algorithms import file_entries, initial_tensors, scale_of, tensor_name, update_of, weight_size
 from simpletuner.adapters.files import read_safetensors, write_safetensors
 from simpletuner.adapters.layer import base_weight
 from simpletuner.adapters.lora import ADAPTER_NAME, LoraReport, activate_
@@ -31,6 +31,8 @@ _ENTRIES = (
     "hada_w2_b", "lora_up.weight", "lora_down.weight", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "weight",
     "on_input", "oft_blocks", "rescale", "diff", "alpha",
 )  # fmt: skip
+_OF_LORA = ("lora_up.weight", "lora_down.weight", "weight", "alpha")
+_SETTINGS = ("alpha", "on_input")  # no trained tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ def lycoris_layers(model: nn.Module) -> Iterator[tuple[str, LycorisLinear]]:
     """The adapted layers under their own names, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, LycorisLinear):
-            yield name, module
+            yield name.replace(".base_layer", ""), module  # it may lie inside another adapter
 
 
 def lycoris_state(model: nn.Module) -> dict[str, Tensor]:
@@ -110,7 +112,7 @@ def load_lycoris_(model: nn.Module, file: LycorisFile, *, path: str = "") -> Non
         f"{name}.{key}": tensor
         for name, entries in file.modules.items()
         for key, tensor in entries.items()
-        if key not in ("alpha", "on_input")
+        if key not in _SETTINGS
     }
     missing, foreign = own.keys() - theirs.keys(), theirs.keys() - own.keys()
     if missing or foreign:
@@ -172,6 +174,54 @@ def load_lycoris(path: Path, module_names: tuple[str, ...]) -> LycorisFile:
     return LycorisFile(modules=modules)
 
 
+def is_lycoris(path: Path) -> bool:
+    """Whether the file holds a LyCORIS adapter other than a LoRA.
+
+    Raises:
+        ModelError: the file is damaged.
+        FileSystemError: the file is missing or cannot be read.
+    """
+    tensors, _ = read_safetensors(path)
+    return any(key.endswith(f".{entry}") for key in tensors for entry in _ENTRIES if entry not in _OF_LORA)
+
+
+def attach_lycoris(
+    model: nn.Module, file: LycorisFile, *, dtype: torch.dtype, adapter_name: str, path: str
+) -> tuple[str, ...]:
+    """Add the file's adapter, frozen and active beside what is there; return the modules' names.
+
+    Raises:
+        ModelError: it is for other layers, or incomplete; `path` is the option to name.
+    """
+    names = linear_names(model)
+    foreign = file.modules.keys() - set(names)
+    if foreign:
+        params = {"missing": "-", "foreign": _some(foreign)}
+        raise ModelError(Problem(code="E-LYCORIS-MODULES", params=params, path=path))
+    for name, entries in file.modules.items():
+        parent_name, _, last = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        layer, update = parent.get_submodule(last), update_of(entries)
+        if update is None:
+            params = {"missing": name, "foreign": "-"}
+            raise ModelError(Problem(code="E-LYCORIS-MODULES", params=params, path=path))
+        device = LycorisLinear(layer, update, {}, name=adapter_name).device
+        tensors = {key: entry.to(device, dtype) for key, entry in entries.items() if key not in _SETTINGS}
+        adapted = LycorisLinear(layer, update, tensors, name=adapter_name)
+        _check_sizes(name, adapted, path)
+        setattr(parent, last, adapted.requires_grad_(False))
+    return tuple(file.modules)
+
+
+@torch.no_grad()
+def set_lycoris_(model: nn.Module, file: LycorisFile, adapter_name: str) -> None:
+    """Give the adapter the values of another file of the same run."""
+    for name, layer in lycoris_layers(model):
+        if adapter_name in layer.scales:
+            for key, tensor in layer.tensors.items():
+                tensor.copy_(file.modules[name][key])
+
+
 def no_layer(missing: tuple[str, ...]) -> Problem:
     """The problem of a preset that names nothing."""
     params = {"names": ", ".join(missing) or "-", "classes": ", ".join(CLASSES)}
@@ -204,11 +254,24 @@ def _randomise_(tensors: dict[str, Tensor], update: Update, norm: float, generat
     tensors[zero] *= norm / (first.norm() * second.norm() * scale_of(update, tensors))
 
 
+def _check_sizes(name: str, layer: LycorisLinear, path: str) -> None:
+    """Raises ModelError if the update is not whole, or not one of a weight of this size."""
+    expected = [layer.out_features, layer.in_features]
+    try:
+        found = weight_size(layer.update, layer.tensors)
+    except KeyError as error:
+        params: dict[str, object] = {"missing": f"{name}.{error.args[0]}", "foreign": "-"}
+        raise ModelError(Problem(code="E-LYCORIS-MODULES", params=params, path=path)) from error
+    if any(size is not None and size != wanted for size, wanted in zip(found, expected, strict=True)):
+        params = {"key": name, "found": list(found), "expected": expected}
+        raise ModelError(Problem(code="E-LYCORIS-SHAPE", params=params, path=path))
+
+
 def _check_scale(name: str, layer: LycorisLinear, entries: Mapping[str, Tensor], path: str) -> None:
     """The file's alpha is ours: a file of another strength would start somewhere else without a word."""
     ours = file_entries(layer.update, layer.tensors)
     whole = layer.update.algo == "lokr" and {"lokr_w1", "lokr_w2"} <= entries.keys()
-    for key in () if whole else ("alpha", "on_input"):
+    for key in () if whole else _SETTINGS:
         if key in entries and key in ours and not torch.isclose(entries[key].float(), ours[key].float(), rtol=1e-3):
             params = {"key": f"{name}.{key}", "found": f"{entries[key].item():g}", "expected": f"{ours[key].item():g}"}
             raise ModelError(Problem(code="E-LYCORIS-SCALE", params=params, path=path or None))

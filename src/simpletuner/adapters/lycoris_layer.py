@@ -158,8 +158,9 @@ class _KroneckerLinear(torch.autograd.Function):
 
 def _mixed(first: Tensor, rows_RI: Tensor) -> Tensor:
     """w1 over the blocks of each row, [R o1, i2]."""
-    mixed = torch.matmul(first, rows_RI.reshape(len(rows_RI), first.shape[1], -1))
-    return mixed.view(-1, mixed.shape[-1])
+    blocks = rows_RI.reshape(len(rows_RI), first.shape[1], -1)
+    # Not matmul: that computes in another order where a gradient is wanted.
+    return torch.bmm(first.expand(len(blocks), -1, -1), blocks).view(-1, blocks.shape[-1])
 
 
 def _of_product(

@@ -60,6 +60,7 @@ _OPTION_FLAGS = {
 _OWN_FLAGS = ("--prompt", "--prompt-file", "--lora", "--grid", "--cfg", "--output", "--json")
 _SECTIONS = ("model", "memory", "validation")  # whose problems concern images
 _NOT_ABOUT_IMAGES = frozenset({"W-NO-PROMPT", "W-PLACEHOLDER"})
+_MODEL_FOLDER = "transformer"  # of a run that trained all weights
 _NO_ADAPTER = "none"
 
 
@@ -136,7 +137,30 @@ def _load(words: Sequence[str], own: argparse.Namespace) -> LoadedConfig:
     beyond = [p for p in loaded.warnings if p.code.startswith("E-") and _is_about_images(p)]
     if beyond:
         raise ConfigError([replace(problem, severity=Severity.ERROR) for problem in beyond])
-    return _with_plan(_with_cache(loaded))
+    return _with_plan(_with_own_model(_with_cache(loaded)))
+
+
+def _with_own_model(loaded: LoadedConfig) -> LoadedConfig:
+    """Of a run that trained all weights, its own model: the finished one, or else the newest checkpoint's.
+
+    Raises:
+        ConfigError: it has saved none yet.
+    """
+    directory = None if loaded.config_path is None else loaded.config_path.parent
+    model = loaded.config.model
+    if model.model_type != "full" or directory is None or not RunDirectory(directory).run_json.is_file():
+        return loaded
+    numbered = (path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit())
+    checkpoints = sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    for place in (directory, *reversed(checkpoints)):
+        if (place / _MODEL_FOLDER / "config.json").is_file():
+            update = {
+                "pretrained_transformer_model_name_or_path": str(place),
+                "pretrained_transformer_subfolder": _MODEL_FOLDER,
+            }
+            config = loaded.config.model_copy(update={"model": model.model_copy(update=update)})
+            return replace(loaded, config=config)
+    raise ConfigError(Problem(code="E-GENERATE-EMPTY-RUN", params={"path": str(directory)}))
 
 
 def _with_cache(loaded: LoadedConfig) -> LoadedConfig:
@@ -175,7 +199,7 @@ def _warnings(loaded: LoadedConfig) -> list[Problem]:
 
 def _choices(written: Sequence[str], loaded: LoadedConfig) -> list[AdapterChoice]:
     """The adapters that are named; of a run's directory in place of a configuration, its own."""
-    if not written and loaded.config_path is not None:
+    if not written and loaded.config_path is not None and loaded.config.model.model_type == "lora":
         directory = loaded.config_path.parent
         return [AdapterChoice(place=str(directory))] if RunDirectory(directory).run_json.is_file() else []
     return [parse_adapter(word) for word in written if word.lower() != _NO_ADAPTER]

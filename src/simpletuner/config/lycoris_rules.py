@@ -13,6 +13,7 @@ from simpletuner.config.paths import is_file, shown_path
 from simpletuner.config.release import release_obstacles
 from simpletuner.config.root import Config
 from simpletuner.config.rule import Origins, Rule, limit, rule, was_changed, was_set
+from simpletuner.config.sections.adapter import has_assistant
 from simpletuner.problems import ConfigError, Fix, Problem, Severity
 
 _OF_LORA = (
@@ -105,6 +106,17 @@ def gradients_are_released(c: Config, origins: Origins) -> Problem | None:
     if wanted:
         return Problem(code="E-RELEASE-GRADIENTS", params=params, path="/optimizer_release_gradients")
     return Problem(code="I-FULL-GRADIENTS", severity=Severity.INFO, params=params)
+
+
+@rule("assistant_lora_mode", "model_type", "use_dora")
+def merged_assistant_stays_out_of_the_file(c: Config, origins: Origins) -> Problem | None:
+    """What is trained would hold the assistant: the weights themselves, or the lengths of their rows."""
+    whole = c.model.model_type == "full"
+    if not has_assistant(c.adapter) or c.adapter.assistant_lora_mode != "merged" or not (whole or c.adapter.use_dora):
+        return None
+    params = {"trained": "model_type full" if whole else "use_dora"}
+    fixes = (Fix(key="assistant_lora_mode", value="live"),)
+    return Problem(code="E-ASSISTANT-IN-FILE", params=params, fixes=fixes)
 
 
 @limit("lora_init_type")

@@ -14,6 +14,7 @@ from torch import nn
 from simpletuner.adapters.files import LORA_FILE_NAME, load_lora
 from simpletuner.adapters.frozen import attach_frozen, load_fitting
 from simpletuner.adapters.lora import LoraSettings, activate_, set_scale, start_from_
+from simpletuner.adapters.lycoris import attach_lycoris, is_lycoris, load_lycoris, set_lycoris_
 from simpletuner.adapters.targets import linear_names
 from simpletuner.events.paths import RunDirectory
 from simpletuner.generate.request import BASE, LAST, AdapterChoice, Axis
@@ -95,10 +96,16 @@ class AdapterStack:
         self._model = model
         self._adapters = tuple(adapters)
         self._names = tuple(f"adapter_{index}" for index in range(len(adapters)))
-        self._settings: list[LoraSettings] = []
+        self._settings: list[LoraSettings | None] = []  # None: of a LyCORIS adapter
         self._loaded = [adapter.file for adapter in adapters]
         self.modules: frozenset[str] = frozenset()
         for name, adapter in zip(self._names, adapters, strict=True):
+            if is_lycoris(adapter.file):
+                lycoris = load_lycoris(adapter.file, linear_names(model))
+                modules = attach_lycoris(model, lycoris, dtype=dtype, adapter_name=name, path="/lora")
+                self._settings.append(None)
+                self.modules |= frozenset(modules)
+                continue
             lora = load_fitting(model, adapter.file, option="/lora")
             settings, report = attach_frozen(model, lora, dtype=dtype, adapter_name=name, option="/lora")
             self._settings.append(settings)
@@ -110,7 +117,11 @@ class AdapterStack:
         for index, (name, adapter) in enumerate(zip(self._names, self._adapters, strict=True)):
             file = adapter.checkpoints.get(checkpoint, adapter.file)
             if file != self._loaded[index]:
-                start_from_(self._model, load_lora(file, linear_names(self._model)), self._settings[index], name)
+                settings, names = self._settings[index], linear_names(self._model)
+                if settings is None:
+                    set_lycoris_(self._model, load_lycoris(file, names), name)
+                else:
+                    start_from_(self._model, load_lora(file, names), settings, name)
                 self._loaded[index] = file
             is_absent = checkpoint == BASE and bool(adapter.checkpoints)
             set_scale(self._model, 0.0 if is_absent else strength * adapter.strength, name)

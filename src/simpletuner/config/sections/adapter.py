@@ -84,5 +84,8 @@ def has_assistant(adapter: AdapterSection) -> bool:
 
 
 def merges_assistant(adapter: AdapterSection, *, is_quantised: bool) -> bool:
-    """Whether the assistant is added to the weights; left to the program, where their format rounds them anyway."""
-    return is_quantised if adapter.assistant_lora_mode == "auto" else adapter.assistant_lora_mode == "merged"
+    """Whether the assistant is added to the weights; left to the program, where their format rounds them anyway, and
+    no DoRA takes the lengths of the sum for the model's own."""
+    if adapter.assistant_lora_mode != "auto":
+        return adapter.assistant_lora_mode == "merged"
+    return is_quantised and not adapter.use_dora
