@@ -53,15 +53,15 @@ LOKR = {
     "multiplier": 1.0,
     "linear_dim": 10000,
     "linear_alpha": 1,
-    "factor": 8,
+    "factor": 4,
     "full_matrix": True,
     "apply_preset": {"target_module": ["Attention", "FeedForward"]},
 }
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
     "LoRA": {},
     "DoRA": {"use_dora": True},
-    "LoKr": {"lora_type": "lycoris", "lycoris_config": LOKR},
-    "full": {"model_type": "full", "learning_rate": 1e-4},
+    "LoKr": {"lora_type": "lycoris", "lycoris_config": LOKR, "learning_rate": 5e-3},
+    "full": {"model_type": "full", "learning_rate": 5e-4},
 }
 LAWS: Mapping[str, Mapping[str, Any]] = {
     "uniform, shift 1": {"flow_use_uniform_schedule": True, "flow_schedule_shift": 1.0},
