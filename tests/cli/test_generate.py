@@ -9,6 +9,7 @@ import pytest
 from simpletuner.cli import generate as command
 from simpletuner.cli.main import main
 from simpletuner.problems import ExitCode
+from simpletuner.train.trained import MODEL_FOLDER
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +68,14 @@ def test_embeddings_are_kept_with_the_run_or_once_for_all_commands(tmp_path, mon
     assert cache_dir("--flavour", "demo", "--cache_dir", "own") == tmp_path / "own" / "text"
     (tmp_path / "config.json").write_text('{"model_flavour": "demo", "output_dir": "out"}')  # its datasets are gone
     assert cache_dir() == tmp_path / "out" / "cache" / "text"
+
+
+def test_a_run_of_all_weights_has_its_result_or_its_newest_checkpoint(tmp_path):
+    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-11-broken"):
+        (tmp_path / name / "transformer").mkdir(parents=True)
+        (tmp_path / name / "transformer" / "config.json").touch()
+    assert [path.parent.name for path in command.trained_models(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").touch()
+    assert command.trained_models(tmp_path)[-1] == tmp_path / "transformer"
+    assert command._MODEL_FOLDER == MODEL_FOLDER

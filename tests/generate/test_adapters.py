@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from simpletuner.adapters.files import LORA_FILE_NAME, LoraInfo, save_lora
+from simpletuner.adapters.lora import LoraSettings, adapter_state, apply_lora, trainable_parameters
+from simpletuner.adapters.lycoris import LYCORIS_CONFIG_NAME
 from simpletuner.generate.adapters import AdapterStack, FoundAdapter, complete_axis, find_adapter
 from simpletuner.generate.request import AdapterChoice, parse_axis
 from simpletuner.generate.run import free_number
@@ -77,7 +79,41 @@ def empty_run(run_dir):
     find_adapter(AdapterChoice(place=str(run_dir)))
 
 
+def test_a_dora_acts_as_it_acted_when_it_was_trained(tmp_path):
+    draws = torch.Generator().manual_seed(2)
+    weight, x = torch.randn(4, 3, generator=draws), torch.randn(5, 3, generator=draws)
+
+    def model():
+        found = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 4, bias=False)})
+        found["a"].weight.data.copy_(weight)
+        return found
+
+    trained = model()
+    apply_lora(trained, LoraSettings(rank=2, alpha=4.0, targets=("a",), dora=True))
+    for parameter in trainable_parameters(trained):
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=draws)
+    path = tmp_path / "dora.safetensors"
+    save_lora(path, adapter_state(trained), LoraInfo(rank=2, alpha=4.0))
+    shown = model()
+    stack = AdapterStack(shown, [FoundAdapter(file=path, strength=1.0, label="", checkpoints={})], dtype=torch.float32)
+    stack.use("last", 1.0)
+    with torch.no_grad():
+        assert torch.allclose(shown["a"](x), trained["a"](x), atol=1e-5)
+        assert not torch.allclose(shown["a"](x), x @ weight.T, atol=1e-2)
+
+
+def two_lycoris(run_dir):
+    for folder in ("a", "b"):
+        (run_dir / folder).mkdir()
+        (run_dir / folder / LYCORIS_CONFIG_NAME).write_text("{}")
+    found = [
+        FoundAdapter(file=run_dir / folder / LORA_FILE_NAME, strength=1.0, label="", checkpoints={}) for folder in "ab"
+    ]
+    AdapterStack(torch.nn.Linear(1, 1), found, dtype=torch.float32)
+
+
 BAD = {
+    "E-GENERATE-LYCORIS": (two_lycoris, ["LyCORIS", "simpletuner convert"]),
     "E-GENERATE-EMPTY-RUN": (empty_run, ["my-run"]),
     "E-GENERATE-CHECKPOINTS": (lambda _: complete_axis(parse_axis("checkpoint"), []), ["0", "--grid checkpoint"]),
     "E-GENERATE-CHECKPOINT": (

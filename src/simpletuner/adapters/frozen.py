@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from simpletuner.adapters.files import LoraFile, load_lora
+from simpletuner.adapters.files import MAGNITUDE, LoraFile, load_lora
 from simpletuner.adapters.lora import LoraReport, LoraSettings, apply_lora, start_from_
 from simpletuner.adapters.targets import linear_names
 from simpletuner.problems import ModelError, Problem
@@ -43,7 +43,8 @@ def attach_frozen(
     """Add a fitting adapter under `adapter_name`; it is the only active one then. Nothing of the model is trained."""
     # Modules may differ in rank and alpha: the largest rank holds them all, and `start_from_` keeps their scales.
     rank = max(t.shape[0] for key, t in adapter.tensors.items() if key.endswith(".lora_A.weight"))
-    settings = LoraSettings(rank=rank, alpha=rank, targets=tuple(adapter.scales))
+    is_dora = any(key.endswith(MAGNITUDE) for key in adapter.tensors)
+    settings = LoraSettings(rank=rank, alpha=rank, targets=tuple(adapter.scales), dora=is_dora)
     report = apply_lora(model, settings, dtype=dtype, adapter_name=adapter_name, option=option)
     start_from_(model, adapter, settings, adapter_name)
     model.requires_grad_(False)

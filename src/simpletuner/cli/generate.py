@@ -61,6 +61,7 @@ _OWN_FLAGS = ("--prompt", "--prompt-file", "--lora", "--grid", "--cfg", "--outpu
 _SECTIONS = ("model", "memory", "validation")  # whose problems concern images
 _NOT_ABOUT_IMAGES = frozenset({"W-NO-PROMPT", "W-PLACEHOLDER"})
 _NO_ADAPTER = "none"
+_MODEL_FOLDER = "transformer"  # of a run of all weights: `train.trained.MODEL_FOLDER`, without torch
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,7 +137,32 @@ def _load(words: Sequence[str], own: argparse.Namespace) -> LoadedConfig:
     beyond = [p for p in loaded.warnings if p.code.startswith("E-") and _is_about_images(p)]
     if beyond:
         raise ConfigError([replace(problem, severity=Severity.ERROR) for problem in beyond])
-    return _with_plan(_with_cache(loaded))
+    return _with_plan(_with_cache(_with_trained_model(loaded)))
+
+
+def _with_trained_model(loaded: LoadedConfig) -> LoadedConfig:
+    """With the transformer that a run of all weights has made, or else its newest checkpoint's."""
+    if loaded.config.model.model_type != "full" or not _is_run(loaded):
+        return loaded
+    assert loaded.config_path is not None
+    run = loaded.config_path.parent
+    found = trained_models(run)
+    if not found:
+        raise ConfigError(Problem(code="E-GENERATE-EMPTY-RUN", params={"path": str(run)}))
+    own = {"pretrained_transformer_model_name_or_path": str(found[-1]), "pretrained_transformer_subfolder": "none"}
+    model = loaded.config.model.model_copy(update=own)
+    return replace(loaded, config=loaded.config.model_copy(update={"model": model}))
+
+
+def trained_models(run: Path) -> list[Path]:
+    """The transformers that a run of all weights has saved, its result last."""
+    steps = {int(path.name.rpartition("-")[2]): path for path in run.glob("checkpoint-*") if path.name[11:].isdigit()}
+    folders = [*(steps[step] for step in sorted(steps)), run]
+    return [folder / _MODEL_FOLDER for folder in folders if (folder / _MODEL_FOLDER / "config.json").is_file()]
+
+
+def _is_run(loaded: LoadedConfig) -> bool:
+    return loaded.config_path is not None and RunDirectory(loaded.config_path.parent).run_json.is_file()
 
 
 def _with_cache(loaded: LoadedConfig) -> LoadedConfig:
@@ -175,9 +201,10 @@ def _warnings(loaded: LoadedConfig) -> list[Problem]:
 
 def _choices(written: Sequence[str], loaded: LoadedConfig) -> list[AdapterChoice]:
     """The adapters that are named; of a run's directory in place of a configuration, its own."""
-    if not written and loaded.config_path is not None:
-        directory = loaded.config_path.parent
-        return [AdapterChoice(place=str(directory))] if RunDirectory(directory).run_json.is_file() else []
+    if not written:
+        is_adapter = _is_run(loaded) and loaded.config.model.model_type == "lora"
+        assert loaded.config_path is not None or not is_adapter
+        return [AdapterChoice(place=str(loaded.config_path.parent))] if loaded.config_path and is_adapter else []
     return [parse_adapter(word) for word in written if word.lower() != _NO_ADAPTER]
 
 
@@ -223,7 +250,7 @@ def _folder(written: Path | None, loaded: LoadedConfig) -> Path:
     """Where the images go: as written, beside the run that made the adapter, or output/generated."""
     if written is not None:
         return written
-    if loaded.config_path is not None and RunDirectory(loaded.config_path.parent).run_json.is_file():
+    if loaded.config_path is not None and _is_run(loaded):
         return loaded.config_path.parent / "generated"
     return Path("output") / "generated"
 

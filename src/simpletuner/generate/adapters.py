@@ -13,8 +13,10 @@ from torch import nn
 
 from simpletuner.adapters.files import LORA_FILE_NAME, load_lora
 from simpletuner.adapters.frozen import attach_frozen, load_fitting
-from simpletuner.adapters.lora import LoraSettings, activate_, set_scale, start_from_
+from simpletuner.adapters.lora import ADAPTER_NAME, activate_, set_scale, start_from_
+from simpletuner.adapters.lycoris import LYCORIS_CONFIG_NAME, apply_lycoris, load_lycoris, load_lycoris_
 from simpletuner.adapters.targets import linear_names
+from simpletuner.config.lycoris import read_lycoris
 from simpletuner.events.paths import RunDirectory
 from simpletuner.generate.request import BASE, LAST, AdapterChoice, Axis
 from simpletuner.models.hub import OnDownload
@@ -87,30 +89,70 @@ def complete_axis(axis: Axis, adapters: Sequence[FoundAdapter]) -> Axis:
     return Axis(name=axis.name, values=axis.values or known)
 
 
+class _AttachedLora:
+    """A LoRA or DoRA on the model."""
+
+    def __init__(self, model: nn.Module, file: Path, name: str, dtype: torch.dtype) -> None:
+        self.name, self._model = name, model
+        lora = load_fitting(model, file, option="/lora")
+        self._settings, report = attach_frozen(model, lora, dtype=dtype, adapter_name=name, option="/lora")
+        self.modules = report.modules
+
+    def load(self, file: Path) -> None:
+        """Be what another file of the same run holds."""
+        start_from_(self._model, load_lora(file, linear_names(self._model)), self._settings, self.name, path="/lora")
+
+
+class _AttachedLycoris:
+    """A LyCORIS adapter on the model, of the settings that lie beside its file."""
+
+    name = ADAPTER_NAME
+
+    def __init__(self, model: nn.Module, file: Path, settings_file: Path) -> None:
+        self._model = model
+        self.modules = apply_lycoris(model, read_lycoris(settings_file), seed=0).modules
+        self.load(file)
+        model.requires_grad_(False)
+
+    def load(self, file: Path) -> None:
+        """Be what another file of the same run holds."""
+        load_lycoris_(self._model, load_lycoris(file, linear_names(self._model)), path="/lora")
+
+
 class AdapterStack:
     """Adapters around one model. Nothing of them is trained."""
 
     def __init__(self, model: nn.Module, adapters: Sequence[FoundAdapter], *, dtype: torch.dtype) -> None:
-        """Raises ConfigError or ModelError for a file that is for another model."""
+        """
+        Raises:
+            ConfigError: more than one LyCORIS adapter.
+            ModelError: a file is damaged, of another kind, or for another model.
+        """
         self._model = model
         self._adapters = tuple(adapters)
-        self._names = tuple(f"adapter_{index}" for index in range(len(adapters)))
-        self._settings: list[LoraSettings] = []
         self._loaded = [adapter.file for adapter in adapters]
-        self.modules: frozenset[str] = frozenset()
-        for name, adapter in zip(self._names, adapters, strict=True):
-            lora = load_fitting(model, adapter.file, option="/lora")
-            settings, report = attach_frozen(model, lora, dtype=dtype, adapter_name=name, option="/lora")
-            self._settings.append(settings)
-            self.modules |= frozenset(report.modules)
-        activate_(model, self._names)
+        configs = [adapter.file.parent / LYCORIS_CONFIG_NAME for adapter in adapters]
+        if sum(config.is_file() for config in configs) > 1:
+            raise ConfigError(Problem(code="E-GENERATE-LYCORIS", origin="--lora"))
+        attached: dict[int, _AttachedLora | _AttachedLycoris] = {}
+        # Around the others: a LyCORIS layer takes a layer with LoRA as its base, not the other way round.
+        for index in sorted(range(len(adapters)), key=lambda index: configs[index].is_file()):
+            file, config = adapters[index].file, configs[index]
+            attached[index] = (
+                _AttachedLycoris(model, file, config)
+                if config.is_file()
+                else _AttachedLora(model, file, f"adapter_{index}", dtype)
+            )
+        self._attached = [attached[index] for index in range(len(adapters))]
+        self.modules = frozenset(name for one in self._attached for name in one.modules)
+        activate_(model, [one.name for one in self._attached])
 
     def use(self, checkpoint: str, strength: float) -> None:
         """Let every adapter count `strength` times its own strength, those of a run as they were at `checkpoint`."""
-        for index, (name, adapter) in enumerate(zip(self._names, self._adapters, strict=True)):
+        for index, (attached, adapter) in enumerate(zip(self._attached, self._adapters, strict=True)):
             file = adapter.checkpoints.get(checkpoint, adapter.file)
             if file != self._loaded[index]:
-                start_from_(self._model, load_lora(file, linear_names(self._model)), self._settings[index], name)
+                attached.load(file)
                 self._loaded[index] = file
             is_absent = checkpoint == BASE and bool(adapter.checkpoints)
-            set_scale(self._model, 0.0 if is_absent else strength * adapter.strength, name)
+            set_scale(self._model, 0.0 if is_absent else strength * adapter.strength, attached.name)
