@@ -86,3 +86,35 @@ def test_an_image_tells_how_it_was_made(trained):
     assert text.startswith("a blue square\n")
     assert "CFG scale: 2.5" in text and "Seed: 9" in text
     assert str(trained.root) not in text + json.dumps(told)
+
+
+LOKR = {
+    "algo": "lokr",
+    "multiplier": 1.0,
+    "linear_dim": 10000,
+    "linear_alpha": 1,
+    "factor": 8,
+    "full_matrix": True,
+    "apply_preset": {"target_module": ["Attention", "FeedForward"]},
+}
+KINDS = {"lokr": {"lora_type": "lycoris", "lycoris_config": "lycoris.json"}, "full": {"model_type": "full"}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_trained_weights_looks_as_it_looked_in_training(tmp_path, kind):
+    project = shared.make_project(tmp_path)
+    (project.root / "lycoris.json").write_text(json.dumps(LOKR))
+    project.set(
+        validation_disable=False,
+        validation_prompt=PROMPTS["circle"],
+        validation_step_interval=0,
+        validation_num_inference_steps=3,
+        learning_rate=0.01,
+        max_train_steps=2,
+        **KINDS[kind],
+    )
+    done = project.run("train")
+    assert done.returncode == 0, done.stderr
+    (image,) = generate(project, "output")["images"]
+    assert np.array_equal(pixels(image["path"]), shown(project, 2)[PROMPTS["circle"]])
+    assert not np.array_equal(pixels(image["path"]), shown(project, 0)[PROMPTS["circle"]])

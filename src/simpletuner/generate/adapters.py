@@ -14,7 +14,7 @@ from torch import nn
 from simpletuner.adapters.files import LORA_FILE_NAME, load_lora
 from simpletuner.adapters.frozen import attach_frozen, load_fitting
 from simpletuner.adapters.lora import LoraSettings, activate_, set_scale, start_from_
-from simpletuner.adapters.lycoris import attach_lycoris, is_lycoris, load_lycoris, set_lycoris_
+from simpletuner.adapters.lycoris import attach_lycoris, is_lycoris, load_lycoris, lycoris_layers, set_lycoris_
 from simpletuner.adapters.targets import linear_names
 from simpletuner.events.paths import RunDirectory
 from simpletuner.generate.request import BASE, LAST, AdapterChoice, Axis
@@ -110,6 +110,10 @@ class AdapterStack:
             settings, report = attach_frozen(model, lora, dtype=dtype, adapter_name=name, option="/lora")
             self._settings.append(settings)
             self.modules |= frozenset(report.modules)
+        for _, layer in lycoris_layers(model):
+            # No gradient is taken, but torch.matmul adds up in another order for tensors that ask for none, and images
+            # would differ from those of the training in the last bit.
+            layer.trained.requires_grad_(True)
         activate_(model, self._names)
 
     def use(self, checkpoint: str, strength: float) -> None:
