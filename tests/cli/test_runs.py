@@ -303,12 +303,9 @@ def test_no_answer_in_time(live):
 
 
 def test_a_run_that_ends_instead_of_answering(live):
-    def end() -> None:
-        time.sleep(0.1)
-        Path(live, "run.json").write_text("{}")
-
-    threading.Thread(target=end).start()
-    Path(live, "control").rename(Path(live, "old"))  # so that the run does not see the command
+    pid = read_run(live).snapshot.pid
+    os.kill(pid, signal.SIGSTOP)  # so that the run does not see the command
+    threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
     code, _, exit_code = refused("validate")
     assert (code, exit_code) == ("E-RUN-ENDED", 1)
 

@@ -25,6 +25,7 @@ from simpletuner.events.oserrors import os_errors_as_problems
 
 CommandKind: TypeAlias = Literal["stop", "checkpoint", "validate"]
 COMMAND_KINDS: tuple[CommandKind, ...] = ("stop", "checkpoint", "validate")
+_LAST_BREATH_S = 2.0
 _POLL_S = 0.05
 
 
@@ -105,12 +106,16 @@ def read_answer(output_dir: Path, command_id: str) -> Answer | None:
 def wait_for_answer(
     output_dir: Path, command_id: str, *, timeout_s: float, alive: Callable[[], bool] = lambda: True
 ) -> Answer | None:
-    """Wait for the answer; None after `timeout_s`, or when the run is no longer `alive` and has not answered."""
+    """Wait for the answer; None after `timeout_s`, or when the run is no longer `alive` and has not answered.
+
+    A run answers with its last breath, a moment after it has told that it ends.
+    """
     end = time.monotonic() + timeout_s
     while True:
-        running = alive()  # asked first: an answer given with the last breath still counts
+        if not alive():
+            end = min(end, time.monotonic() + _LAST_BREATH_S)
         found = read_answer(output_dir, command_id)
-        if found is not None or not running or time.monotonic() >= end:
+        if found is not None or time.monotonic() >= end:
             return found
         time.sleep(_POLL_S)
 
