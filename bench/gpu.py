@@ -38,7 +38,7 @@ from simpletuner.models.weights import resolve_pipeline
 from simpletuner.models.z_image.load import load_transformer, quantisable_layers
 from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.transformer import (
-    LAST_PRODUCT,
+    KEPT_PRODUCTS,
     TOKEN_MULTIPLE,
     ZImageTransformer,
     ZImageTransformerConfig,
@@ -131,8 +131,8 @@ def measure(case: Case, steps: int, warm_up: int) -> dict[str, object]:
         transformer = random_transformer(case, device) if device.type == "cuda" else demo_transformer(case)
         apply_bench_lora(transformer, case.rank)
         if case.checkpointing:
-            product = LAST_PRODUCT if case.keeps_product else None
-            apply_checkpointing(transformer.layers, every=1, product=product)
+            products = KEPT_PRODUCTS if case.keeps_product else ()
+            apply_checkpointing(transformer.layers, every=1, products=products)
         side = case.resolution_px // Z_IMAGE.vae_factor
         generator = torch.Generator().manual_seed(0)
         latents = [torch.randn(Z_IMAGE.latent_channels, side, side, generator=generator).to(device)]

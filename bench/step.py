@@ -32,7 +32,7 @@ from common import (
 from torch import Tensor, nn
 
 from simpletuner.memory.checkpointing import apply_checkpointing
-from simpletuner.models.z_image.transformer import LAST_PRODUCT, ZImageTransformer, ZImageTransformerConfig
+from simpletuner.models.z_image.transformer import KEPT_PRODUCTS, ZImageTransformer, ZImageTransformerConfig
 
 AIMS = {"1 x 256 px": 0.9, "4 mixed": 0.7}
 PRECISIONS = ("fp32", "bf16", "bf16 autocast")
@@ -46,7 +46,7 @@ def our_step(
     transformer.load_state_dict(weights)
     transformer.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     apply_bench_lora(transformer)
-    apply_checkpointing(transformer.layers, every=1, product=LAST_PRODUCT)
+    apply_checkpointing(transformer.layers, every=1, products=KEPT_PRODUCTS)
     autocast = torch.bfloat16 if precision == "bf16 autocast" else None
     return training_step(transformer, latents, prompts, autocast=autocast)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simpletuner.adapters.lora import LoraSettings, apply_lora
 from simpletuner.memory.budget import BlockCost, FixedBudget, SeenBudget, WithinBudget, measure_block
 from simpletuner.memory.checkpointing import apply_checkpointing, apply_policy
-from simpletuner.models.z_image.transformer import LAST_PRODUCT, ZImageTransformer, ZImageTransformerConfig
+from simpletuner.models.z_image.transformer import KEPT_PRODUCTS, ZImageTransformer, ZImageTransformerConfig
 
 NUM_BLOCKS = 5
 LIBERAL = 1 << 40
@@ -43,7 +43,7 @@ class Chosen:
     def recomputes(self, index: int) -> bool:
         return index in self.recomputed
 
-    def keeps_product(self, index: int) -> bool:
+    def keeps_products(self, index: int) -> bool:
         return index % 2 == 0
 
     def end(self) -> None:
@@ -78,11 +78,11 @@ def assert_equal(ours: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("sides", [(16,), (16, 16), (16, 24)])
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("product", [None, LAST_PRODUCT])
+@pytest.mark.parametrize("products", [(), KEPT_PRODUCTS])
 @pytest.mark.parametrize("recomputed", [(), (0,), (0, 1, 2, 3), (1, 3), (0, 1, 2, 3, 4), (4,)])
-def test_any_choice_gives_the_same_loss_and_gradients(recomputed, product, offload, sides):
+def test_any_choice_gives_the_same_loss_and_gradients(recomputed, products, offload, sides):
     model, plain, policy = transformer(), transformer(), Chosen(*recomputed)
-    apply_policy(model.layers, policy, product=product, offload=offload)
+    apply_policy(model.layers, policy, products=products, offload=offload)
     for _ in range(2):
         assert_equal(step(model, sides), step(plain, sides))
     assert policy.ends == (2 if 0 in recomputed else 0)
@@ -160,11 +160,13 @@ def test_what_is_saved_stays_within_the_budget_and_uses_it(num_kept, sides):
 
 def product_bytes(model: ZImageTransformer, sides: tuple[int, ...] = (16,)) -> int:
     sizes: list[int] = []
-    handle = model.layers[0].feed_forward.w2.register_forward_hook(lambda layer, args, out: sizes.append(out.nbytes))
+    layers = [model.layers[0].get_submodule(name) for name in KEPT_PRODUCTS]
+    handles = [layer.register_forward_hook(lambda layer, args, out: sizes.append(out.nbytes)) for layer in layers]
     with torch.no_grad():
         model(*inputs(sides))
-    handle.remove()
-    return sizes[0]
+    for handle in handles:
+        handle.remove()
+    return sum(sizes)
 
 
 @pytest.mark.parametrize("sides", [(16,), (16, 24)])
@@ -173,10 +175,10 @@ def test_products_come_before_whole_blocks_and_within_the_budget(num_kept, num_p
     cost = replace(cost_of_a_block(sides), product_bytes=product_bytes(transformer(), sides))
     budget_bytes = cost.of_all(NUM_BLOCKS, num_kept, num_products=num_products, offload=False)
     policy, model = within(budget_bytes), transformer()
-    apply_policy(model.layers, policy, product=LAST_PRODUCT)
+    apply_policy(model.layers, policy, products=KEPT_PRODUCTS)
     assert_equal(step(model, sides), step(transformer(), sides))
     assert (policy.num_kept, policy.num_products) == (num_kept, num_products)
-    chosen = [(policy.recomputes(index), policy.keeps_product(index)) for index in range(NUM_BLOCKS)]
+    chosen = [(policy.recomputes(index), policy.keeps_products(index)) for index in range(NUM_BLOCKS)]
     bare = NUM_BLOCKS - num_kept - num_products
     assert chosen[:bare] == [(True, False)] * bare
     assert chosen[bare : bare + num_products] == [(True, True)] * num_products

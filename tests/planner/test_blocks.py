@@ -14,7 +14,7 @@ from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.memory.checkpointing import apply_checkpointing
 from simpletuner.models.streaming import place_module_
 from simpletuner.models.z_image.load import quantisable_layers
-from simpletuner.models.z_image.transformer import LAST_PRODUCT, ZImageTransformer, ZImageTransformerConfig, velocity
+from simpletuner.models.z_image.transformer import KEPT_PRODUCTS, ZImageTransformer, ZImageTransformerConfig, velocity
 from simpletuner.planner.blocks import adapter_params
 from simpletuner.planner.inputs import Adapter, Picture, PlanInput
 from simpletuner.planner.memory import step_height
@@ -99,7 +99,7 @@ def test_the_peak_of_a_step(case):
     lycoris = LYCORIS[case["lycoris"]] if "lycoris" in case else None
     report = apply_lora(model, settings) if lycoris is None else apply_lycoris(model, lycoris, seed=1)
     if every:
-        apply_checkpointing(model.layers, every=every, product=LAST_PRODUCT if "product" in case else None)
+        apply_checkpointing(model.layers, every=every, products=KEPT_PRODUCTS if "product" in case else ())
     model.train()
     plan = PlanInput(
         sizes=ModelSizes(transformer=TransformerSizes(**SIZES)),

@@ -5,14 +5,15 @@ is an autograd function of our own, because `torch.utils.checkpoint` calls back 
 block saves: on a small model that is a tenth of a step. Values and gradients are bit for bit those without
 checkpointing.
 
-A recomputed block may keep the output of one of its linear layers (`products`), which is then not computed again.
+A recomputed block may keep the outputs of some of its linear layers (`products`), which are then not computed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -27,15 +28,15 @@ Forward = Callable[..., Tensor]
 class Policy(Protocol):
     """Which blocks of a forward pass are recomputed."""
 
-    def begin(self, forward: Forward, args: tuple[Any, ...], output: KeptOutput | None) -> None:
-        """A pass that will be differentiated begins: the first block is about to run as `forward(*args)`. `output`:
-        of the layer that was named."""
+    def begin(self, forward: Forward, args: tuple[Any, ...], outputs: Sequence[KeptOutput]) -> None:
+        """A pass that will be differentiated begins: the first block is about to run as `forward(*args)`. `outputs`:
+        of the layers that were named."""
 
     def recomputes(self, index: int) -> bool:
         """Whether the block is recomputed in this pass."""
 
-    def keeps_product(self, index: int) -> bool:
-        """Whether it then keeps the output of the layer that was named, if one was."""
+    def keeps_products(self, index: int) -> bool:
+        """Whether it then keeps the outputs of the layers that were named."""
 
     def end(self) -> None:
         """Backward has left the first block, which was recomputed."""
@@ -45,7 +46,7 @@ def apply_checkpointing(
     blocks: nn.ModuleList,
     *,
     every: int,
-    product: str | None = None,
+    products: Sequence[str] = (),
     offload: bool = False,
     preserve_rng_state: bool = False,
     ends_pass: bool = True,
@@ -60,13 +61,13 @@ def apply_checkpointing(
     Args:
         blocks: run one after the other, each called with positional arguments and returning one tensor. `forward` is
             replaced on the instances; names of modules and parameters stay as they are.
-        product: name, inside a block, of the linear layer whose output a recomputed block keeps.
+        products: names, inside a block, of the linear layers whose outputs a recomputed block keeps.
         offload: what a recomputed block is given first, the activation, waits for backward in main memory.
         preserve_rng_state: needed if a block draws random numbers (dropout); costs a copy of the generators' states.
     """
     assert every >= 1
     chosen = range(0, len(blocks) - ends_pass, every)
-    _wrap(blocks, chosen, _Always(), product, HostInputs() if offload else None, preserve_rng_state)
+    _wrap(blocks, chosen, _Always(), products, HostInputs() if offload else None, preserve_rng_state)
     return len(chosen)
 
 
@@ -74,22 +75,22 @@ def apply_policy(
     blocks: nn.ModuleList,
     policy: Policy,
     *,
-    product: str | None = None,
+    products: Sequence[str] = (),
     offload: bool = False,
     preserve_rng_state: bool = False,
 ) -> None:
     """Recompute those blocks that `policy` chooses, anew in each pass; the rest as `apply_checkpointing`."""
-    _wrap(blocks, range(len(blocks)), policy, product, HostInputs() if offload else None, preserve_rng_state)
+    _wrap(blocks, range(len(blocks)), policy, products, HostInputs() if offload else None, preserve_rng_state)
 
 
 class _Always:
-    def begin(self, forward: Forward, args: tuple[Any, ...], output: KeptOutput | None) -> None:
+    def begin(self, forward: Forward, args: tuple[Any, ...], outputs: Sequence[KeptOutput]) -> None:
         pass
 
     def recomputes(self, index: int) -> bool:
         return True
 
-    def keeps_product(self, index: int) -> bool:
+    def keeps_products(self, index: int) -> bool:
         return True
 
     def end(self) -> None:
@@ -100,17 +101,18 @@ def _wrap(
     blocks: nn.ModuleList,
     chosen: range,
     policy: Policy,
-    product: str | None,
+    products: Sequence[str],
     inputs: HostInputs | None,
     preserve_rng_state: bool,
 ) -> None:
     for index in chosen:
         block = blocks[index]
-        output: KeptOutput | None = None
-        if product is not None:
-            layer = block.get_submodule(product)
-            output = layer.forward = KeptOutput(layer)
-        block.forward = partial(_checkpointed, block, index, block.forward, policy, output, inputs, preserve_rng_state)
+        outputs = []
+        for name in products:
+            layer = block.get_submodule(name)
+            layer.forward = KeptOutput(layer)
+            outputs.append(layer.forward)
+        block.forward = partial(_checkpointed, block, index, block.forward, policy, outputs, inputs, preserve_rng_state)
 
 
 def _checkpointed(
@@ -118,7 +120,7 @@ def _checkpointed(
     index: int,
     forward: Forward,
     policy: Policy,
-    output: KeptOutput | None,
+    outputs: Sequence[KeptOutput],
     inputs: HostInputs | None,
     preserve_rng_state: bool,
     *args: Any,
@@ -135,7 +137,7 @@ def _checkpointed(
     if index == 0:
         if inputs is not None:
             inputs.begin()
-        policy.begin(forward, args, output)
+        policy.begin(forward, args, outputs)
     if not policy.recomputes(index):
         return forward(*args)
 
@@ -148,9 +150,8 @@ def _checkpointed(
     # `run` outlives this call: it must not hold the activations that enter the block twice.
     args = tuple(None if isinstance(arg, Tensor) else arg for arg in args)
     surroundings = _Surroundings(tensors, preserve_rng_state)
-    if output is not None and not policy.keeps_product(index):
-        output = None
-    call = _Call(run, surroundings, len(tensors), output, inputs, policy.end if index == 0 else None)
+    kept = outputs if policy.keeps_products(index) else ()
+    call = _Call(run, surroundings, len(tensors), kept, inputs, policy.end if index == 0 else None)
     out: Tensor = _Recompute.apply(call, *tensors, *trained)
     return out
 
@@ -163,28 +164,33 @@ class _Call:
         run: Forward,
         surroundings: _Surroundings,
         num_tensors: int,
-        output: KeptOutput | None,
+        outputs: Sequence[KeptOutput],
         inputs: HostInputs | None,
         done: Callable[[], None] | None,
     ) -> None:
         self.run, self.surroundings, self.num_tensors = run, surroundings, num_tensors
-        self.output, self.inputs, self.done = output, inputs, done
-        self.num_products = 0
+        self.outputs, self.inputs, self.done = outputs, inputs, done
+        self.num_products: list[int] = []  # of each of the layers
         self.first: OnHost | None = None  # the first tensor, if it waits elsewhere
         self.first_needs_gradient = False
 
     def first_run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """What the block gives, and the products that are kept."""
-        products: list[Tensor] = []
-        with self.surroundings.autocast(), nullcontext() if self.output is None else self.output.noting(products):
+        with ExitStack() as within:
+            within.enter_context(self.surroundings.autocast())
+            noted = [within.enter_context(output.noting()) for output in self.outputs]
             out = self.run(*tensors)
-        self.num_products = len(products)
-        return out, products
+        self.num_products = [len(products) for products in noted]
+        return out, [product for products in noted for product in products]
 
     def run_again(self, tensors: Sequence[Tensor], products: Sequence[Tensor]) -> Tensor:
         """What the block gives, with a graph."""
-        given = nullcontext() if self.output is None else self.output.giving(products)
-        with torch.enable_grad(), self.surroundings.autocast(), self.surroundings.random_state(), given:
+        rest = iter(products)
+        with ExitStack() as within:
+            for output, count in zip(self.outputs, self.num_products, strict=True):
+                within.enter_context(output.giving(list(islice(rest, count))))
+            for surrounding in (torch.enable_grad(), self.surroundings.autocast(), self.surroundings.random_state()):
+                within.enter_context(surrounding)
             return self.run(*tensors)
 
 
@@ -206,7 +212,8 @@ class _Recompute(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        products, saved = ctx.saved_tensors[: call.num_products], ctx.saved_tensors[call.num_products :]
+        count = sum(call.num_products)
+        products, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         tensors = [t.detach().requires_grad_(t.requires_grad) for t in saved]
         if call.first is not None and call.inputs is not None:
             tensors.insert(0, call.inputs.take(call.first).requires_grad_(call.first_needs_gradient))

@@ -1,8 +1,8 @@
-"""What a recomputed block keeps beside its input: the output of a linear layer, which is then not multiplied again.
+"""What a recomputed block keeps beside its input: outputs of linear layers, which are then not multiplied again.
 
-A block's last product is only needed for what comes after it, so its output [S, D] can stand in for the whole of it: a
-share of the recomputation is saved for the memory of one more activation. The layer's gradients still take its input,
-which is recomputed. Values and gradients are bit for bit the same.
+A layer's output [S, D] stands in for its product: a share of the recomputation is saved for the memory of one more
+activation. The layer's gradients still take its input, which is recomputed. Values and gradients are bit for bit the
+same.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class KeptOutput:
         return out
 
     @contextmanager
-    def noting(self, noted: list[Tensor]) -> Iterator[None]:
-        """Append what the layer gives to `noted`."""
-        self._noted = noted
+    def noting(self) -> Iterator[list[Tensor]]:
+        """The list to which what the layer gives is added."""
+        noted = self._noted = []
         try:
-            yield
+            yield noted
         finally:
             self._noted = None
 

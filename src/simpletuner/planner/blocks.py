@@ -35,7 +35,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMemory:
-    """Bytes of one main block. `entry`: its input; `product`: what its last linear layer gives; `kept`: all that
+    """Bytes of one main block. `entry`: its input; `product`: the products that it may keep beside it; `kept`: all that
     backward reads, these included; `working`: what backward needs beside that at its height; `idle`: what a forward
     without a graph needs at its height."""
 
@@ -58,7 +58,7 @@ def block_memory(plan: PlanInput) -> BlockMemory:
         alive -= stage.keeps
         gradients += stage.gives - stage.frees
     return BlockMemory(
-        entry=entry, product=entry, kept=kept, working=height - kept, idle=idle_bytes(plan, _tokens(plan))
+        entry=entry, product=2 * entry, kept=kept, working=height - kept, idle=idle_bytes(plan, _tokens(plan))
     )
 
 

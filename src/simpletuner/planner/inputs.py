@@ -79,8 +79,8 @@ class PlanInput:
     lengths. num_contexts: captions that are kept refined. validation: the largest call that makes images, None without
     any. vae_batch: images decoded ahead of the VAE.
     interval: one block in so many is recomputed. keep_bytes: what activations may take where the number of recomputed
-    blocks follows from that; None: it follows from `interval`. keeps_product: recomputed blocks keep the output of
-    their last linear layer beside their input. inputs_on_host: those of recomputed blocks wait in main
+    blocks follows from that; None: it follows from `interval`. keeps_product: recomputed blocks keep two products
+    beside their input. inputs_on_host: those of recomputed blocks wait in main
     memory. tile_px: side of the VAE's tiles, None: whole images. average: where a moving average of the trained weights
     is kept, None: there is none. extra_forwards: of rollouts, per picture.
     """

@@ -33,7 +33,7 @@ def step_flops(plan: PlanInput) -> StepFlops:
     backward = sizes.n_layers * (linear + _ATTENTION_BACKWARD * attention) + ends + 2 * lora
     if whole:  # the weights' own gradients, and those of the refiners
         backward += sizes.n_layers * linear + 2 * prefix + ends
-    again = linear + attention - (_last_product_flops(plan, picture.tokens) if plan.keeps_product else 0.0)
+    again = linear + attention - (_kept_product_flops(plan, picture.tokens) if plan.keeps_product else 0.0)
     step = forward * (1 + plan.extra_forwards) + backward + num_again * again
     return StepFlops(forward=picture.count * forward, step=picture.count * step)
 
@@ -51,10 +51,10 @@ def sheet_flops_per_s(device_name: str) -> float | None:
     return None if gpu is None else gpu.bf16_tflops * 1e12 * _USUAL_SHARE
 
 
-def _last_product_flops(plan: PlanInput, tokens: int) -> float:
-    """The last linear layer of a block on one sample."""
+def _kept_product_flops(plan: PlanInput, tokens: int) -> float:
+    """The products of a block that a recomputed one may keep, on one sample: of attention and of feed-forward."""
     sizes = plan.sizes.transformer
-    return 2.0 * tokens * sizes.dim * sizes.ffn_dim
+    return 2.0 * tokens * sizes.dim * (sizes.dim + sizes.ffn_dim)
 
 
 def _block_flops(plan: PlanInput, tokens: int) -> tuple[float, float]:

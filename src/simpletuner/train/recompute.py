@@ -11,7 +11,7 @@ from simpletuner.config.sections.memory import MemorySection
 from simpletuner.events.types import Event, SettingOverridden
 from simpletuner.memory.budget import Budget, CudaMemory, FixedBudget, SeenBudget, WithinBudget
 from simpletuner.memory.checkpointing import apply_checkpointing, apply_policy
-from simpletuner.models.z_image.transformer import LAST_PRODUCT, Layout, ZImageTransformer
+from simpletuner.models.z_image.transformer import KEPT_PRODUCTS, Layout, ZImageTransformer
 from simpletuner.planner.from_config import AUTO, may_keep_product
 
 
@@ -40,10 +40,10 @@ def apply_recomputation(
     for stack in (transformer.noise_refiner, transformer.context_refiner):
         if any(parameter.requires_grad for parameter in stack.parameters()):
             apply_checkpointing(stack, every=1, preserve_rng_state=uses_dropout, ends_pass=False)
-    product = LAST_PRODUCT if may_keep_product(options, device.type) else None
+    products = KEPT_PRODUCTS if may_keep_product(options, device.type) else ()
     blocks = transformer.layers
     if every != AUTO:
-        apply_checkpointing(blocks, every=every, product=product, offload=offload, preserve_rng_state=uses_dropout)
+        apply_checkpointing(blocks, every=every, products=products, offload=offload, preserve_rng_state=uses_dropout)
         return
     budget: Budget
     if options.gradient_checkpointing_budget is not None:
@@ -55,7 +55,7 @@ def apply_recomputation(
             reserve_bytes=sum(parameter.nbytes for parameter in params),
         )
     policy = WithinBudget(len(blocks), budget, offload=offload, key=_cost_key)
-    apply_policy(blocks, policy, product=product, offload=offload, preserve_rng_state=uses_dropout)
+    apply_policy(blocks, policy, products=products, offload=offload, preserve_rng_state=uses_dropout)
 
 
 def _cost_key(x_GSD: Tensor, layout: Layout, time_BD: Tensor) -> Hashable:

@@ -160,8 +160,8 @@ class FeedForward(nn.Module):
         return out
 
 
-LAST_PRODUCT = "feed_forward.w2"
-"""In a block: the linear layer that nothing but a norm follows, a quarter of the block's products."""
+KEPT_PRODUCTS = ("attention.to_out.0", "feed_forward.w2")
+"""In a block: the linear layers that nothing but a norm follows, a third of the block's products."""
 
 
 class Block(nn.Module):
