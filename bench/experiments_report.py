@@ -49,12 +49,11 @@ def _section(question: str, rows: Rows) -> Iterator[str]:
     yield f"### {TITLES[question]}"
     yield f"{asked[0]['steps']} updates, seeds {', '.join(map(str, seeds))}: means, in brackets the range."
     yield _table(
-        ("run", "trained", "step, s", "subject shown", "scenes right", "scenes taken for it", "scenes, dB to base"),
+        ("run", "trained", "subject shown", "scenes right", "scenes taken for it", "scenes, dB to base"),
         [
             (
                 name,
                 _millions(group[0]["num_params"]),
-                _mean(group, "step_s", 2),
                 _percent(group, "subject_shown"),
                 _percent(group, "scenes_right"),
                 _percent(group, "scenes_taken_for_the_subject"),
@@ -143,7 +142,7 @@ def _draw(path: Path, title: str, axis: str, curves: Mapping[str, Sequence[tuple
         x, y = (_SIZE[0] - _RIGHT + 16) * _FINER, (_TOP + 12 + 24 * index) * _FINER
         pen.line([(x, y), (x + 22 * _FINER, y)], fill=colour, width=3 * _FINER)
         write(x + 30 * _FINER, y, name, "lm")
-    small = canvas.resize(_SIZE, Image.Resampling.LANCZOS).quantize(64, dither=Image.Dither.NONE)
+    small = canvas.resize(_SIZE, Image.Resampling.LANCZOS).quantize(255, dither=Image.Dither.NONE)
     small.save(path, optimize=True)
 
 
