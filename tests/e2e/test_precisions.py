@@ -12,9 +12,8 @@ from simpletuner.catalog.precisions import PRECISIONS
 
 NUM_STEPS = 60
 WEIGHTS = "pytorch_lora_weights.safetensors"
-# fp8-torchao multiplies in 8 bits, which takes a recent GPU; int4-quanto compiles an extension at its first use, which
-# takes longer than all of these runs together.
-NOT_HERE = {"fp8-torchao", "int4-quanto"}
+# int4-quanto compiles an extension at its first use, which takes longer than all of these runs together.
+NOT_HERE = {"int4-quanto"}
 ON_A_CPU = sorted(
     name for name, row in PRECISIONS.items() if row.is_quantised and row.refused is None and name not in NOT_HERE
 )
