@@ -32,7 +32,7 @@ from simpletuner.adapters.targets import linear_names
 from simpletuner.catalog.lycoris import CLASSES, LycorisSettings, Update, chosen_updates
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.memory.checkpointing import apply_checkpointing
-from simpletuner.models.z_image.transformer import ZImageTransformer, ZImageTransformerConfig
+from simpletuner.models.z_image.transformer import KEPT_PRODUCTS, ZImageTransformer, ZImageTransformerConfig
 from simpletuner.problems import ConfigError, ModelError
 
 from .conftest import TINY, randomise_, tiny_transformer
@@ -151,7 +151,7 @@ def test_recomputed_blocks_have_the_same_gradients_bit_for_bit(name, predict):
         model = adapted(EVERY[name])
         randomise_(model)
         if recomputes:
-            apply_checkpointing(model.layers, every=1, products=("attention.to_out.0", "feed_forward.w2"))
+            apply_checkpointing(model.layers, every=1, products=KEPT_PRODUCTS)
             for stack in (model.noise_refiner, model.context_refiner):
                 assert apply_checkpointing(stack, every=1, ends_pass=False) == len(stack)
         sum(out.square().mean() for out in predict(model)).backward()

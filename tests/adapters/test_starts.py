@@ -22,6 +22,7 @@ from simpletuner.adapters.lora import (
 from simpletuner.adapters.targets import linear_names
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.memory.checkpointing import apply_checkpointing
+from simpletuner.models.z_image.transformer import KEPT_PRODUCTS
 from simpletuner.problems import ModelError
 from simpletuner.quant.build import FORMATS
 from simpletuner.quant.linear import FrozenLinear
@@ -160,7 +161,7 @@ def test_recomputed_blocks_have_the_same_gradients_bit_for_bit(options, predict)
     for recomputes in (False, True):
         model = adapted(**options)
         if recomputes:
-            apply_checkpointing(model.layers, every=1, products=("attention.to_out.0", "feed_forward.w2"))
+            apply_checkpointing(model.layers, every=1, products=KEPT_PRODUCTS)
         sum(out.square().mean() for out in predict(model)).backward()
         found.append([p.grad for p in trainable_parameters(model)])
     assert equal(*found)

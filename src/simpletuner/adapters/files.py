@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +19,7 @@ from simpletuner.adapters.formats.names import HASH_KEY, Part, json_object
 from simpletuner.adapters.formats.read import parse_adapter
 from simpletuner.adapters.formats.weights import Adapter, LoraWeights
 from simpletuner.adapters.formats.write import to_tensors
+from simpletuner.events.files import replacing
 from simpletuner.events.oserrors import os_errors_as_problems
 from simpletuner.problems import ModelError, Problem
 
@@ -187,18 +185,8 @@ def _with_final_metadata(data: bytes) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with os_errors_as_problems(path):
-        try:
-            with temporary.open("xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+    with os_errors_as_problems(path), replacing(path) as stream:
+        stream.write(data)
 
 
 def _info(pairs: Mapping[str, LoraWeights], metadata: Mapping[str, str]) -> LoraInfo:

@@ -19,7 +19,7 @@ from simpletuner.config.paths import shown_path
 from simpletuner.config.root import Config, options
 from simpletuner.config.settings import OriginKind
 from simpletuner.events.journal import Record
-from simpletuner.events.paths import RunDirectory
+from simpletuner.events.paths import MODEL_FOLDER, RunDirectory
 from simpletuner.events.progress import SinkReporter
 from simpletuner.events.text import Narrator, is_trivial, phase_text
 from simpletuner.events.types import ProblemReported, RunPhase, SettingOverridden
@@ -60,7 +60,6 @@ _OPTION_FLAGS = {
 _OWN_FLAGS = ("--prompt", "--prompt-file", "--lora", "--grid", "--cfg", "--output", "--json")
 _SECTIONS = ("model", "memory", "validation")  # whose problems concern images
 _NOT_ABOUT_IMAGES = frozenset({"W-NO-PROMPT", "W-PLACEHOLDER"})
-_MODEL_FOLDER = "transformer"  # of a run that trained all weights
 _NO_ADAPTER = "none"
 
 
@@ -150,13 +149,12 @@ def _with_own_model(loaded: LoadedConfig) -> LoadedConfig:
     model = loaded.config.model
     if model.model_type != "full" or directory is None or not RunDirectory(directory).run_json.is_file():
         return loaded
-    numbered = (path for path in directory.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit())
-    checkpoints = sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    for place in (directory, *reversed(checkpoints)):
-        if (place / _MODEL_FOLDER / "config.json").is_file():
+    checkpoints = RunDirectory(directory).checkpoints()
+    for place in (directory, *reversed(checkpoints.values())):
+        if (place / MODEL_FOLDER / "config.json").is_file():
             update = {
                 "pretrained_transformer_model_name_or_path": str(place),
-                "pretrained_transformer_subfolder": _MODEL_FOLDER,
+                "pretrained_transformer_subfolder": MODEL_FOLDER,
             }
             config = loaded.config.model_copy(update={"model": model.model_copy(update=update)})
             return replace(loaded, config=config)

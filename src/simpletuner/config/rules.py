@@ -196,14 +196,10 @@ def device_is_known(c: Config, origins: Origins) -> Problem | None:
 )
 def recomputation_reads_what_is_set(c: Config, origins: Origins) -> Problem | None:
     m = c.memory
-    reads = {
-        "gradient_checkpointing_interval": m.gradient_checkpointing or m.gradient_checkpointing_interval == 1,
-        "gradient_checkpointing_budget": m.gradient_checkpointing or m.gradient_checkpointing_budget is None,
-        "gradient_checkpointing_keep": m.gradient_checkpointing or m.gradient_checkpointing_keep == "auto",
-        "gradient_checkpointing_offload": m.gradient_checkpointing or not m.gradient_checkpointing_offload,
-    }
-    unread = [name for name, is_read in reads.items() if not is_read]
-    if unread:
+    options = ("interval", "budget", "keep", "offload")
+    names = (f"gradient_checkpointing_{name}" for name in options)
+    unread = [name for name in names if was_changed(c, name, origins)]
+    if unread and not m.gradient_checkpointing:
         fixes = (Fix(key="gradient_checkpointing", value=True),)
         told = {"unread": ", ".join(unread)}
         return Problem(code="W-CHECKPOINTING-OFF", severity=_WARNING, params=told, path=f"/{unread[0]}", fixes=fixes)

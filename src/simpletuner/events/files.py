@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 T = TypeVar("T")
 
@@ -18,17 +18,28 @@ _SHARING_WAIT_S = 0.01
 
 
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
-    """Replace `path` by a file with `text` in one step: a reader sees the old or the new content, never a part.
-
-    `durable` also waits until the content is on the disk, so that a power cut cannot leave an empty file.
+    """Replace `path` by a file with `text`, as by `replacing`.
 
     Raises:
         OSError: nothing was changed, and no temporary file is left.
     """
+    with replacing(path, durable=durable) as stream:
+        stream.write(text.encode("utf-8", "surrogatepass"))
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """What is written within replaces `path` in one step: a reader sees the old or the new content, never a part.
+
+    `durable` also waits until the content is on the disk, so that a power cut cannot leave an empty file.
+
+    Raises:
+        OSError: nothing was changed, and no temporary file is left; so too if the block raises.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as stream:
-            stream.write(text.encode("utf-8", "surrogatepass"))
+            yield stream
             if durable:
                 stream.flush()
                 os.fsync(stream.fileno())

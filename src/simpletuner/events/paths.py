@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+MODEL_FOLDER = "transformer"
+"""The result, and its form in a checkpoint, of a run that trains all weights."""
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths of a run. Makes nothing, reads nothing."""
+    """The paths of a run. Makes nothing, and reads no file."""
 
     path: Path
 
@@ -60,3 +66,12 @@ class RunDirectory:
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of one step."""
         return self.path / f"checkpoint-{step}"
+
+    def checkpoints(self) -> dict[int, Path]:
+        """Step -> folder of every checkpoint, complete or not, oldest first."""
+        found = {}
+        for folder in self.path.iterdir() if self.path.is_dir() else ():
+            match = _CHECKPOINT.fullmatch(folder.name)
+            if match is not None:
+                found[int(match[1])] = folder
+        return dict(sorted(found.items()))

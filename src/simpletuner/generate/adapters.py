@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ from simpletuner.generate.request import BASE, LAST, AdapterChoice, Axis
 from simpletuner.models.hub import OnDownload
 from simpletuner.models.weights import resolve_file
 from simpletuner.problems import ConfigError, Problem
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +54,8 @@ def find_adapter(choice: AdapterChoice, on_download: OnDownload | None = None) -
 
 def checkpoint_files(run_dir: Path) -> dict[str, Path]:
     """Step -> adapter file of every checkpoint that has one, oldest first."""
-    found = {}
-    for folder in run_dir.iterdir():
-        match = _CHECKPOINT.fullmatch(folder.name)
-        if match is not None and (folder / LORA_FILE_NAME).is_file():
-            found[int(match[1])] = folder / LORA_FILE_NAME
-    return {str(step): found[step] for step in sorted(found)}
+    files = {str(step): folder / LORA_FILE_NAME for step, folder in RunDirectory(run_dir).checkpoints().items()}
+    return {step: file for step, file in files.items() if file.is_file()}
 
 
 def complete_axis(axis: Axis, adapters: Sequence[FoundAdapter]) -> Axis:

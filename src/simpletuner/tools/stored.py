@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import BinaryIO, cast
 from torch import Tensor
 
 from simpletuner.adapters.formats.names import group_keys
+from simpletuner.events.files import replacing
 from simpletuner.events.oserrors import os_errors_as_problems
 from simpletuner.models.files import Header, StoredTensor, read_header
 from simpletuner.models.tensors import DTYPES, bytes_of, read_tensor
@@ -104,22 +102,12 @@ def rewrite(
         position += size
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    partial = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    with os_errors_as_problems(target):
-        try:
-            with header.path.open("rb", buffering=0) as source, partial.open("xb") as sink:
-                sink.write(len(text).to_bytes(_ALIGNMENT, "little") + text)
-                for tensor in header.tensors:
-                    for piece in _pieces(cast("BinaryIO", source), tensor, changes.get(tensor.name)):
-                        sink.write(piece)
-                    on_tensor()
-                sink.flush()
-                os.fsync(sink.fileno())
-            partial.replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
+    with os_errors_as_problems(target), header.path.open("rb", buffering=0) as source, replacing(target) as sink:
+        sink.write(len(text).to_bytes(_ALIGNMENT, "little") + text)
+        for tensor in header.tensors:
+            for piece in _pieces(cast("BinaryIO", source), tensor, changes.get(tensor.name)):
+                sink.write(piece)
+            on_tensor()
 
 
 def _pieces(file: BinaryIO, tensor: StoredTensor, change: Change | None) -> Iterator[bytes | memoryview]:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from simpletuner.data.records import PlanParts
+from simpletuner.events.paths import RunDirectory
 from simpletuner.problems import ConfigError, Problem, Severity
 
 STATE_FILE_NAME = "training_state.json"
@@ -25,7 +25,6 @@ _OPTIONS = {
     "adapter": "lora_type",
 }
 """What a field of the recipe is called in a configuration, where that is another word."""
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +67,7 @@ class Checkpoint:
 
 def find_checkpoints(output_dir: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
-    if not output_dir.is_dir():
-        return []
-    found = (read_checkpoint(path) for path in output_dir.iterdir() if _NAME.fullmatch(path.name))
+    found = (read_checkpoint(path) for path in RunDirectory(output_dir).checkpoints().values())
     return sorted((c for c in found if c is not None), key=lambda checkpoint: checkpoint.step)
 
 

@@ -23,12 +23,11 @@ from simpletuner.adapters.lora import (
 from simpletuner.adapters.lycoris import apply_lycoris, load_lycoris, load_lycoris_, save_lycoris
 from simpletuner.adapters.targets import linear_names
 from simpletuner.catalog.lycoris import LycorisSettings
+from simpletuner.events.paths import MODEL_FOLDER
 from simpletuner.events.types import AdapterCreated
 from simpletuner.models.z_image.save import load_weights_of_, save_transformer
 from simpletuner.models.z_image.transformer import ZImageTransformer
 
-MODEL_FOLDER, AVERAGED_MODEL_FOLDER = "transformer", "transformer_ema"
-AVERAGED_LORA_FILE_NAME = LORA_FILE_NAME.replace(".", "_ema.")
 _OF_ADAPTER = re.compile(r"\.lora_[AB]\.")
 
 
@@ -50,6 +49,8 @@ class Trained(ABC):
     uses_dropout: bool
     multiplier: float = 1.0  # how often they count in training steps
     sampling_multiplier: float = 1.0  # and in images
+    name: str = LORA_FILE_NAME  # of the file or folder
+    averaged_name: str = LORA_FILE_NAME.replace(".", "_ema.")
 
     @abstractmethod
     def attach(self, transformer: ZImageTransformer, *, start: Path | None) -> LoraReport:
@@ -64,7 +65,6 @@ class Trained(ABC):
     def created(self, report: LoraReport) -> AdapterCreated:
         """What the run tells of them."""
 
-    @abstractmethod
     def save(
         self,
         folder: Path,
@@ -82,6 +82,13 @@ class Trained(ABC):
         Raises:
             FileSystemError: there is no room, or no right to write there.
         """
+        path = folder / (self.averaged_name if averaged else self.name)
+        self._write(path, transformer, step=step, exported=exported)
+        return path
+
+    @abstractmethod
+    def _write(self, path: Path, transformer: ZImageTransformer, *, step: int, exported: bool) -> None:
+        """What `save` does, at the place that it has chosen."""
 
     @abstractmethod
     def load(self, folder: Path, transformer: ZImageTransformer) -> None:
@@ -126,21 +133,11 @@ class TrainedLora(Trained):
             kind="DoRA" if settings.dora else "LoRA",
         )
 
-    def save(
-        self,
-        folder: Path,
-        transformer: ZImageTransformer,
-        *,
-        step: int,
-        exported: bool = False,
-        averaged: bool = False,
-    ) -> Path:
+    def _write(self, path: Path, transformer: ZImageTransformer, *, step: int, exported: bool) -> None:
         info = self._info(step)
         if self._settings.start in WEIGHT_STARTS:  # the file has what was learnt, less what it began with
             info = replace(info, rank=2 * info.rank, alpha=2 * info.alpha)
-        path = folder / _file_name(averaged)
         save_lora(path, adapter_state(transformer), info, layout=self._layout if exported else DEFAULT_LAYOUT)
-        return path
 
     def load(self, folder: Path, transformer: ZImageTransformer) -> None:
         load_adapter_state(transformer, load_lora(folder / LORA_FILE_NAME).tensors)
@@ -150,6 +147,7 @@ class TrainedModel(Trained):
     """Every weight of the transformer."""
 
     label = "all weights"
+    name, averaged_name = MODEL_FOLDER, f"{MODEL_FOLDER}_ema"
     identity = Identity(adapter="full")
     uses_dropout = False
 
@@ -170,25 +168,11 @@ class TrainedModel(Trained):
             kind=self.label,
         )
 
-    def save(
-        self,
-        folder: Path,
-        transformer: ZImageTransformer,
-        *,
-        step: int,
-        exported: bool = False,
-        averaged: bool = False,
-    ) -> Path:
-        path = folder / (AVERAGED_MODEL_FOLDER if averaged else MODEL_FOLDER)
+    def _write(self, path: Path, transformer: ZImageTransformer, *, step: int, exported: bool) -> None:
         save_transformer(path, transformer.config, _whole_model(transformer))
-        return path
 
     def load(self, folder: Path, transformer: ZImageTransformer) -> None:
         load_weights_of_(folder / MODEL_FOLDER, _whole_model(transformer))
-
-
-def _file_name(averaged: bool) -> str:
-    return AVERAGED_LORA_FILE_NAME if averaged else LORA_FILE_NAME
 
 
 def _whole_model(transformer: ZImageTransformer) -> dict[str, nn.Parameter]:
@@ -238,18 +222,8 @@ class TrainedLycoris(Trained):
             kind=self.label,
         )
 
-    def save(
-        self,
-        folder: Path,
-        transformer: ZImageTransformer,
-        *,
-        step: int,
-        exported: bool = False,
-        averaged: bool = False,
-    ) -> Path:
-        path = folder / _file_name(averaged)
+    def _write(self, path: Path, transformer: ZImageTransformer, *, step: int, exported: bool) -> None:
         save_lycoris(path, transformer, config=self._config, metadata=self._metadata(step))
-        return path
 
     def load(self, folder: Path, transformer: ZImageTransformer) -> None:
         load_lycoris_(transformer, load_lycoris(folder / LORA_FILE_NAME, linear_names(transformer)))
