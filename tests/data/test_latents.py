@@ -196,20 +196,21 @@ def test_damaged_entries_are_computed_anew(folder: Path, make_plan: MakePlan, va
 def test_bad_pixels_are_all_named_and_the_rest_is_kept(
     folder: Path, make_plan: MakePlan, save_image: SaveImage, vae: Any, tmp_path: Path, told: Told
 ) -> None:
-    """A BMP that ends early has a good header: it is found only when it is decoded."""
-    for name in ("bad1.bmp", "bad2.bmp"):
+    """A PNG with damaged pixels has a good header and a good end: it is found only when it is decoded."""
+    for name in ("bad1.png", "bad2.png"):
         path = save_image(folder / name, seed=hash(name) % 97)
-        path.write_bytes(path.read_bytes()[:2000])
+        data = path.read_bytes()
+        path.write_bytes(data[:-200] + bytes(100) + data[-100:])
     plan = make_plan(spec_of(folder))
     with pytest.raises(DatasetError) as caught:
         cache(plan, vae, tmp_path / "latents", batch_size=1)
     assert told(caught.value) == ["E-IMAGE-UNREADABLE"]
     for language in LANGUAGES:
         title, _ = render_problem(caught.value.problems[0], language)
-        assert "bad1.bmp (" in title
-        assert "bad2.bmp (" in title
+        assert "bad1.png (" in title
+        assert "bad2.png (" in title
         assert str(folder) in title
-    for name in ("bad1.bmp", "bad2.bmp"):
+    for name in ("bad1.png", "bad2.png"):
         (folder / name).unlink()
     progress: list[int] = []
     cache(make_plan(spec_of(folder)), vae, tmp_path / "latents", on_progress=lambda done, total: progress.append(done))

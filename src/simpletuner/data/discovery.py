@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 from simpletuner.data.hashing import content_hash
 from simpletuner.data.image_index import ImageIndex, Known
-from simpletuner.data.images import EXTENSIONS, UnreadableImageError, read_size, without_decoder_warnings
+from simpletuner.data.images import EXTENSIONS, UnreadableImageError, read_header, without_decoder_warnings
 from simpletuner.data.records import ImageRecord
 
 Progress = Callable[[int, int], None]
@@ -188,7 +189,7 @@ def _read(folder: Path, file: ImageFile) -> Known | Unreadable:
     try:
         with open(f"{folder}{os.sep}{file.key}", "rb") as stream:  # noqa: PTH123
             data = stream.read()
-        size = read_size(data)
+        size = read_header(BytesIO(data)).size
     except UnreadableImageError as error:
         return Unreadable(key=file.key, reason=str(error) if data else "empty file")
     except OSError as error:

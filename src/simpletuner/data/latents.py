@@ -29,7 +29,7 @@ from simpletuner.data.records import Plan, Sample, Size
 from simpletuner.data.store import TensorStore, Writer
 from simpletuner.problems import DatasetError, Problem
 
-_PIXELS_VERSION = "pixels 1"
+_PIXELS_VERSION = "pixels 2"
 """Part of every key. Changes when decoding or resizing gives other pixels."""
 _HOLD_UP_TO_BYTES = 1 << 30
 _MAX_DECODERS = 8

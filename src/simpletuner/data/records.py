@@ -8,8 +8,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Literal
 
 Size = tuple[int, int]
+Trait = Literal["alpha", "animated", "cmyk", "deep", "grey", "palette", "profile", "rotated"]
+"""What a header says about an image's kind.
+
+alpha: it has transparency. animated: several frames or pages, of which the first is used. deep: 16 bits and more per
+channel. profile: a colour profile other than sRGB. rotated: its pixels are stored turned or mirrored (EXIF).
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageHeader:
+    """What the start of an image file tells, without its pixels."""
+
+    size: Size
+    traits: frozenset[Trait]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
