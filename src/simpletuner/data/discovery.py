@@ -183,6 +183,7 @@ def read_each(
     work = partial(_read_task, storage, read)
     with ExitStack() as stack:
         stack.enter_context(without_decoder_warnings())
+        results: Iterator[tuple[tuple[FileInfo, ...], list[tuple[_Learned | UnreadableImageError | OSError, bool]]]]
         num_workers = _num_workers(storage, len(files), max_workers, is_light=is_light)
         if num_workers == 1:
             results = ((task, work(task)) for task in tasks)

@@ -50,7 +50,7 @@ class Known:
     size: Size
     """(0, 0) if it is unreadable."""
     traits: str = ""
-    """Space-separated, see `images.ImageHeader`."""
+    """The `records.Trait`s of its header, sorted, with spaces between them."""
     content_id: str | None = None
     """Hash of its bytes, once the whole file was read."""
     reason: str | None = None

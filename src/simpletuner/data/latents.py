@@ -33,7 +33,7 @@ from simpletuner.data.store import TensorStore, Writer
 from simpletuner.data.workers import in_order, process_pool, thread_pool
 from simpletuner.problems import DatasetError, Problem
 
-_PIXELS_VERSION = "pixels 1"
+_PIXELS_VERSION = "pixels 2"
 """Part of every key. Changes when decoding or resizing gives other pixels."""
 _HOLD_UP_TO_BYTES = 1 << 30
 _MAX_DECODERS = 8
@@ -139,7 +139,9 @@ def learn_latent_keys(
                 max_workers=max_workers,
             )
             before += len(files)
-            problems += _failure_problems([_BadImage(storage=storage, file=files[key], error=failed[key]) for key in failed])
+            problems += _failure_problems(
+                [_BadImage(storage=storage, file=files[key], error=failed[key]) for key in failed]
+            )
     if problems:
         raise DatasetError(problems)
     return LatentKeys(encoder_id, {dataset.id: contents[dataset.storage.id] for dataset in plan.datasets})
@@ -193,7 +195,9 @@ def cache_latents(
                 store: stack.enter_context(store.writer(group_entries=write_batch_size))
                 for store in {job.store: None for job in jobs}
             }
-            bad = _encode(jobs, source, writers, done=done, total=total, on_progress=on_progress, max_workers=max_workers)
+            bad = _encode(
+                jobs, source, writers, done=done, total=total, on_progress=on_progress, max_workers=max_workers
+            )
         _settle(bad, cache_dir)
     return LatentStore(keys, stores)
 

@@ -7,10 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 from simpletuner.data.storage import FileInfo, Storage, Unreadable
 
 Size = tuple[int, int]
+Trait = Literal["alpha", "animated", "cmyk", "deep", "grey", "palette", "profile", "rotated"]
+"""What a header says about an image's kind.
+
+alpha: it has transparency. animated: several frames or pages, of which the first is used. deep: 16 bits and more per
+channel. profile: a colour profile other than sRGB. rotated: its pixels are stored turned or mirrored (EXIF).
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageHeader:
+    """What the start of an image file tells, without its pixels."""
+
+    size: Size
+    traits: frozenset[Trait]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +35,7 @@ class ImageRecord:
     file: FileInfo
     size: Size
     traits: str = ""
-    """What is unusual about it, space-separated: see `images.ImageHeader`."""
+    """The `Trait`s of its header, sorted, with spaces between them."""
 
     @property
     def key(self) -> str:

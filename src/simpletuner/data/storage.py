@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, Protocol
 
-EXTENSIONS = (".avif", ".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """File name endings that count as images, in lower case."""
 CAPTION_EXTENSION = ".txt"
 
@@ -166,7 +166,7 @@ class LocalStorage:
 
     def open(self, file: FileInfo) -> BinaryIO:
         """The file itself, without a buffer: whoever reads a header wants a few blocks of it."""
-        return open(f"{self.id}{os.sep}{file.key}", "rb", buffering=0)  # noqa: PTH123, SIM115
+        return open(f"{self.id}{os.sep}{file.key}", "rb", buffering=0)  # noqa: PTH123
 
     def content_of(self, file: FileInfo) -> str | None:
         """Unknown: a folder tells nothing of what is in its files."""
@@ -236,7 +236,7 @@ class RangeReader(Protocol):
 
 def ranged(read_range: RangeReader, size_bytes: int) -> BinaryIO:
     """A buffered stream that fetches blocks of 64 KiB."""
-    return io.BufferedReader(RangedStream(read_range, size_bytes), _BLOCK_BYTES)  # type: ignore[return-value]
+    return io.BufferedReader(RangedStream(read_range, size_bytes), _BLOCK_BYTES)
 
 
 def _walk(folder: str) -> Iterator[tuple[os.DirEntry[str], str]]:

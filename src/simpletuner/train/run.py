@@ -295,9 +295,7 @@ class _Run:
             self._run.emit(ProblemReported(problem=problem))
         return checkpoint.step
 
-    def _announce(
-        self, start: Start, compute: Compute, expected: Estimate, *, start_step: int
-    ) -> None:
+    def _announce(self, start: Start, compute: Compute, expected: Estimate, *, start_step: int) -> None:
         config, plan, requests, total_steps = self._config, start.plan, start.requests, start.total_steps
         for problem in schedule_problems(schedule_settings(config), total_steps):
             self._run.emit(ProblemReported(problem=problem))
