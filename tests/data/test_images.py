@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from simpletuner.data.images import EXTENSIONS, UnreadableImageError, cut, decode, read_header, without_decoder_warnings
+from simpletuner.data.images import UnreadableImageError, cut, decode, read_header, without_decoder_warnings
 from simpletuner.data.records import Geometry, Size
+from simpletuner.data.storage import EXTENSIONS
 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if ".avif" in EXTENSIONS else [])]
 

@@ -43,19 +43,6 @@ _READERS = (
 )
 _HAS_AVIF = features.check("avif")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if _HAS_AVIF else ()))
-EXTENSIONS = (
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jpeg",
-    ".jpg",
-    ".png",
-    ".tif",
-    ".tiff",
-    ".webp",
-    *((".avif",) if _HAS_AVIF else ()),
-)
-"""File name endings that count as images, in lower case."""
 MAX_PIXELS = 178_956_970
 """Larger pictures are refused from their header: PIL's own bound, 3 bytes of which are 512 MiB."""
 
