@@ -127,7 +127,7 @@ def write_odd_images(folder: Path) -> tuple[OddFile, ...]:
             OddFile(key="self.png", expected=Bad(reason="broken link")),
             OddFile(key="broken_link.png", expected=Bad(reason="broken link")),
             OddFile(key="link.png", expected=shown),
-            OddFile(key="pipe.jpg", expected=Bad(reason="not a file")),
+            OddFile(key="pipe.jpg", expected=Bad(reason="not a regular file")),
         ]
         closed = Bad(reason="ermission") if os.geteuid() else shown
         write("closed.png", plain, closed)

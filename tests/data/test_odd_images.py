@@ -6,16 +6,22 @@ import errno
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from simpletuner.data.image_index import open_index
 from simpletuner.data.images import UnreadableImageError, decode, read_header, without_decoder_warnings
-from simpletuner.data.records import ImageHeader
-from tests.data.odd_images import Bad, Shows, encoded, odd_files
+from simpletuner.data.latents import LatentSource, PlanAgainError, cache_latents, learn_latent_keys
+from simpletuner.data.records import ImageHeader, Plan
+from simpletuner.data.spec import CaptionSpec, DatasetSpec, ResizeSpec
+from simpletuner.data.storage import LocalStorage
+from tests.data.odd_images import Bad, Shows, encoded, odd_files, write_odd_images
 
 FILES = odd_files()
 NUM_BROKEN = 12
@@ -140,6 +146,7 @@ def test_no_file_takes_much_time_or_memory() -> None:
 import resource, sys, time
 from io import BytesIO
 sys.path.insert(0, sys.argv[1])
+from simpletuner.data.image_index import open_index
 from simpletuner.data.images import UnreadableImageError, decode, read_header, without_decoder_warnings
 from tests.data.odd_images import odd_files
 files = {name: data for name, (data, _) in odd_files().items()}
@@ -160,3 +167,65 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * scale, slo
     grown_bytes, slowest_s = done.stdout.split()
     assert int(grown_bytes) < 300_000_000
     assert float(slowest_s) < 3
+
+
+def test_a_folder_of_odd_files_is_a_dataset_with_a_report(
+    tmp_path: Path, make_plan: Callable[..., Plan], vae: Any
+) -> None:
+    """Everything is used or named, what only decoding shows after the first caching; and the folder stays as it was."""
+    folder = tmp_path / "odd"
+    written = write_odd_images(folder)
+    before = state_of(folder)
+    spec = DatasetSpec(
+        id="odd",
+        storage=LocalStorage(folder=folder),
+        resize=ResizeSpec(resolution=32, aspect_bucket_alignment=8),
+        captions=CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("odd",)),
+    )
+    usable = {file.key for file in written if isinstance(file.expected, Shows)}
+    good_header = {f.key for f in written if isinstance(f.expected, Bad) and f.expected.has_good_header}
+    bad = {file.key: file.expected.reason for file in written if isinstance(file.expected, Bad)}
+    assert len(usable) > 100
+    assert len(bad) > 40
+
+    first = make_plan(spec)
+    assert keys_of(first) == usable | good_header
+    with pytest.raises(PlanAgainError):
+        cache(first, vae, tmp_path)
+    plan = make_plan(spec)
+    reasons = {item.key: item.reason for item in plan.datasets[0].unreadable}
+    assert keys_of(plan) == usable
+    assert reasons.keys() == bad.keys()
+    assert [key for key in bad if not re.search(bad[key], reasons[key])] == []
+    assert all(not item.key.startswith(".") for item in plan.datasets[0].unreadable)
+    cache(plan, vae, tmp_path)
+    with open_index(tmp_path / "cache") as index:
+        assert index.images(spec.storage.id).keys() <= usable | bad.keys()
+    assert state_of(folder) == before
+    (folder / "closed.png").chmod(0o600)
+
+
+def keys_of(plan: Plan) -> set[str]:
+    return {sample.record.key for sample in plan.samples()}
+
+
+def cache(plan: Plan, vae: Any, tmp_path: Path) -> None:
+    keys = learn_latent_keys(plan, vae.id, cache_dir=tmp_path / "cache", on_progress=lambda done, total: None)
+    cache_latents(
+        plan,
+        LatentSource(id=vae.id, open=vae.open),
+        keys,
+        directory_of=lambda _: tmp_path / "latents",
+        cache_dir=tmp_path / "cache",
+        batch_size=4,
+        on_progress=lambda done, total: None,
+        max_workers=1,
+    )
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    found = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        found[str(path)] = status.st_size, status.st_mtime_ns
+    return found
