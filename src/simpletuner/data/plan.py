@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -60,9 +61,38 @@ def build_plan(
         max_workers: processes that read images; None: as many as are useful.
     Raises: DatasetError with every problem of every dataset.
     """
+    found = find_images(specs, cache_dir=cache_dir, on_progress=on_progress, max_workers=max_workers)
+    datasets, problems = plan_datasets(specs, found, seed=seed, batch_size=batch_size)
+    if problems:
+        raise DatasetError(problems)
+    return Plan(datasets=datasets, fingerprint=_fingerprint(datasets))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundImages:
+    """What there is in the places of several datasets, by storage id. `problems`: places that cannot be listed."""
+
+    scans: Mapping[str, Scan]
+    texts: Mapping[str, Mapping[str, bytes]]
+    """Caption files by key, of places whose datasets want them."""
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SortedImages:
+    """The images of one dataset: in buckets, left out by its options, or without a caption."""
+
+    buckets: tuple[Bucket, ...]
+    dropped: tuple[Dropped, ...]
+    bad_captions: tuple[BadCaption, ...]
+
+
+def find_images(
+    specs: Sequence[DatasetSpec], *, cache_dir: Path, on_progress: Progress, max_workers: int | None = None
+) -> FoundImages:
+    """List every place, and read the headers and caption files that are not known yet. See `build_plan`."""
     problems: list[Problem] = []
     listings = _list_storages(specs, problems)
-    datasets: list[DatasetPlan] = []
     with open_index(cache_dir) as index:
         scans = _scan_storages(specs, listings, index, on_progress, max_workers)
         texts: dict[str, Mapping[str, bytes]] = {}
@@ -70,21 +100,48 @@ def build_plan(
             scan_of = scans.get(spec.storage.id)
             if scan_of is not None and needs_texts(spec.captions) and spec.storage.id not in texts:
                 texts[spec.storage.id] = read_texts(scan_of, index, max_workers=max_workers)
-    problems += _unreadable_problems(specs, scans)
+    return FoundImages(scans=scans, texts=texts, problems=tuple(problems))
+
+
+def plan_datasets(
+    specs: Sequence[DatasetSpec], found: FoundImages, *, seed: int, batch_size: int
+) -> tuple[tuple[DatasetPlan, ...], list[Problem]]:
+    """The datasets that a run can use, and everything that keeps it from starting. See `build_plan`."""
+    problems = [*found.problems, *_unreadable_problems(specs, found.scans)]
+    datasets: list[DatasetPlan] = []
     for spec in specs:
-        if spec.storage.id in scans:
-            found = _plan_dataset(
-                spec, scans[spec.storage.id], texts.get(spec.storage.id, {}), seed=seed, batch_size=batch_size
-            )
-            if isinstance(found, DatasetPlan):
-                datasets.append(found)
+        if spec.storage.id in found.scans:
+            planned = _plan_dataset(spec, found, seed=seed, batch_size=batch_size)
+            if isinstance(planned, DatasetPlan):
+                datasets.append(planned)
             else:
-                problems += found
+                problems += planned
     if not problems and not any(dataset.probability > 0 for dataset in datasets):
         problems.append(Problem(code="E-DATASET-NONE", params={"count": len(specs)}))
-    if problems:
-        raise DatasetError(problems)
-    return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets))
+    return tuple(datasets), problems
+
+
+def sort_images(spec: DatasetSpec, found: FoundImages, *, seed: int) -> SortedImages:
+    """Which images of `spec` are used, at what size and with which captions."""
+    texts = found.texts.get(spec.storage.id, {})
+    used, dropped = _select(spec, found.scans[spec.storage.id].records, seed=seed)
+    by_size: dict[Size, list[Sample]] = defaultdict(list)
+    bad_captions: list[BadCaption] = []
+    for record, geometry in used:
+        captions = read_captions(record.key, spec.captions, texts)
+        if isinstance(captions, BadCaption):
+            bad_captions.append(captions)
+            continue
+        sample = Sample(dataset_id=spec.id, record=record, geometry=geometry, captions=captions)
+        by_size[geometry.target].append(sample)
+    return SortedImages(
+        buckets=tuple(
+            Bucket(size=size, samples=tuple(sorted(samples, key=lambda s: s.record.key)))
+            for size, samples in sorted(by_size.items())
+        ),
+        dropped=tuple(dropped),
+        bad_captions=tuple(bad_captions),
+    )
 
 
 def folder_problems(specs: Sequence[DatasetSpec]) -> list[Problem]:
@@ -159,31 +216,18 @@ def _report(on_progress: Progress, before: int, total: int, done: int, _total_of
     on_progress(before + done, total)
 
 
-def _plan_dataset(
-    spec: DatasetSpec, found: Scan, texts: Mapping[str, bytes], *, seed: int, batch_size: int
-) -> DatasetPlan | list[Problem]:
+def _plan_dataset(spec: DatasetSpec, found: FoundImages, *, seed: int, batch_size: int) -> DatasetPlan | list[Problem]:
+    scanned = found.scans[spec.storage.id]
     if lacks_instance_prompt(spec.captions):
         return [Problem(code="E-CAPTION-NO-INSTANCE-PROMPT", params={"id": spec.id})]
-    if not found.listing.images:
-        return [_empty_problem(spec, found.listing)]
-    used, dropped = _select(spec, found.records, seed=seed)
-    if not used:
-        return [_all_dropped_problem(spec, found, dropped)] if found.records else []
-    by_size: dict[Size, list[Sample]] = defaultdict(list)
-    bad_captions: list[BadCaption] = []
-    for record, geometry in used:
-        captions = read_captions(record.key, spec.captions, texts)
-        if isinstance(captions, BadCaption):
-            bad_captions.append(captions)
-            continue
-        sample = Sample(dataset_id=spec.id, record=record, geometry=geometry, captions=captions)
-        by_size[geometry.target].append(sample)
-    if bad_captions:
-        return _caption_problems(spec, bad_captions)
-    buckets = tuple(
-        Bucket(size=size, samples=tuple(sorted(samples, key=lambda s: s.record.key)))
-        for size, samples in sorted(by_size.items())
-    )
+    if not scanned.listing.images:
+        return [_empty_problem(spec, scanned.listing)]
+    in_order = sort_images(spec, found, seed=seed)
+    if in_order.bad_captions:
+        return _caption_problems(spec, in_order.bad_captions)
+    buckets, dropped = in_order.buckets, in_order.dropped
+    if not buckets:
+        return [_all_dropped_problem(spec, scanned, dropped)] if scanned.records else []
     batch_size = spec.train_batch_size or batch_size
     short = [bucket for bucket in buckets if len(bucket.samples) * (spec.repeats + 1) < batch_size]
     if short:
@@ -196,8 +240,8 @@ def _plan_dataset(
         probability=spec.probability,
         is_regularisation=spec.is_regularisation_data,
         caption_dropout_probability=spec.caption_dropout_probability,
-        dropped=tuple(dropped),
-        unreadable=found.unreadable,
+        dropped=dropped,
+        unreadable=scanned.unreadable,
         batch_size=spec.train_batch_size,
     )
 
