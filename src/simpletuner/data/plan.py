@@ -65,7 +65,12 @@ def build_plan(
     datasets, problems = plan_datasets(specs, found, seed=seed, batch_size=batch_size)
     if problems:
         raise DatasetError(problems)
-    return Plan(datasets=datasets, fingerprint=_fingerprint(datasets))
+    return make_plan(datasets)
+
+
+def make_plan(datasets: Sequence[DatasetPlan]) -> Plan:
+    """The plan of a run that uses these datasets."""
+    return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets))
 
 
 @dataclass(frozen=True, kw_only=True)

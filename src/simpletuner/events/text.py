@@ -28,6 +28,7 @@ _BANNER_ROWS = ("model", "data", "precision", "device", "estimate", "plan", "val
 
 Icon: TypeAlias = Literal["", "ok", "warning", "error", "saved", "images", "stop"]
 
+_PACE_FROM_COUNT, _PACE_FROM_S = 2, 2.0
 _SEVERITIES: Mapping[Severity, tuple[t.Level, Icon]] = {
     Severity.ERROR: ("error", "error"),
     Severity.WARNING: ("warning", "warning"),
@@ -302,6 +303,8 @@ def phase_label(key: str, language: str) -> str:
 def phase_text(phase: t.RunPhase, language: str) -> str:
     """ "latents: 12/24 images, 3.1 s"."""
     figures = [phase_amount(phase, language), formats.duration(phase.elapsed_s, language)]
+    if not phase.finished:
+        figures[1:1] = phase_pace(phase, phase.elapsed_s, language)
     return f"{phase_label(phase.key, language)}: {', '.join(figure for figure in figures if figure)}"
 
 
@@ -321,6 +324,20 @@ def phase_amount(phase: t.RunPhase, language: str, *, with_unit: bool = True) ->
         known_text(f"console.unit.{phase.unit}", language, {}, fallback=phase.unit) if phase.unit and with_unit else ""
     )
     return f"{phase.done}/{phase.total} {'' if unit == phase_label(phase.key, language) else unit}".rstrip()
+
+
+def phase_pace(phase: t.RunPhase, elapsed_s: float, language: str) -> list[str]:
+    """ "23/s" and "3 m left", once there is something to go by; what a cache had does not count."""
+    made = phase.done - phase.before
+    if phase.total is None or made < _PACE_FROM_COUNT or elapsed_s < _PACE_FROM_S:
+        return []
+    rate = made / elapsed_s
+    speed = formats.size(rate, language) if phase.unit == "bytes" else formats.significant(rate, language)
+    left_s = (phase.total - phase.done) / rate
+    if left_s <= 0:
+        return [f"{speed}/s"]
+    duration = formats.rounded_duration(round_remaining(left_s))
+    return [f"{speed}/s", text("console.left", language, duration=duration)]
 
 
 def plural(noun: str, count: int, language: str) -> str:
