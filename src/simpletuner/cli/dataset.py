@@ -21,6 +21,7 @@ from simpletuner.i18n import text
 from simpletuner.problems import ExitCode, Problem, Severity, SimpletunerError
 
 if TYPE_CHECKING:
+    from simpletuner.train.caching import CacheSummary
     from simpletuner.train.survey import Looking
 
 ACTIONS = ("scan", "buckets", "captions", "cache")
@@ -106,6 +107,27 @@ def _captions(loaded: LoadedConfig, asked: Asked, language: str) -> int:
     if asked.as_json:
         return _print_json(captions_as_data(report), report.problems, language)
     return _print_page(caption_lines(report, language, shows_all=asked.shows_all), report.problems, language)
+
+
+def _cache(loaded: LoadedConfig, asked: Asked, language: str) -> int:
+    reporter = SinkReporter([CommandConsole(language, sys.stderr)])
+    with reporter.phase("environment"):
+        from simpletuner.train.caching import fill_caches
+
+    summary = fill_caches(loaded, run=reporter)
+    print_cached(summary, language, as_json=asked.as_json)
+    return 0
+
+
+def print_cached(summary: CacheSummary, language: str, *, as_json: bool) -> None:
+    """What was cached, on standard output."""
+    from simpletuner.cli.dataset_data import cached_as_data
+    from simpletuner.cli.dataset_text import cached_lines
+
+    if as_json:
+        print(json.dumps(cached_as_data(summary), ensure_ascii=False, indent=2))
+    else:
+        print("\n".join(cached_lines(summary, language)))
 
 
 @contextmanager

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from simpletuner.data.caption_survey import CaptionSurvey, Frequent
 from simpletuner.data.captions import BadCaption
 from simpletuner.data.records import DropReason, Size
 from simpletuner.data.survey import BucketSurvey, DatasetSurvey
 from simpletuner.train.survey import CaptionReport, RunOutlook, Survey
+
+if TYPE_CHECKING:
+    from simpletuner.train.caching import CacheSummary  # loads torch
 
 
 def survey_as_data(survey: Survey) -> dict[str, object]:
@@ -41,6 +45,24 @@ def buckets_as_data(survey: Survey) -> dict[str, object]:
 def captions_as_data(report: CaptionReport) -> dict[str, object]:
     """What `simpletuner dataset captions --json` prints, without the problems."""
     return {"max_tokens": report.max_tokens, "datasets": [_captions(dataset) for dataset in report.datasets]}
+
+
+def cached_as_data(summary: CacheSummary) -> dict[str, object]:
+    """What `simpletuner dataset cache --json` prints."""
+    return {
+        "latents": {
+            "total": summary.latents.total,
+            "made": summary.latents.made,
+            "folders": [str(folder) for folder in summary.latent_folders],
+        },
+        "prompts": {
+            "total": summary.prompts.total,
+            "made": summary.prompts.made,
+            "folder": str(summary.prompt_folder),
+        },
+        "unreadable": summary.num_unreadable,
+        "left_to_training": list(summary.left_to_training),
+    }
 
 
 def _dataset(dataset: DatasetSurvey) -> dict[str, object]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from simpletuner.config.paths import shown_path
 from simpletuner.data.caption_survey import CaptionSurvey
 from simpletuner.data.captions import BadCaption, CaptionFault
 from simpletuner.data.records import DropReason
@@ -14,6 +17,9 @@ from simpletuner.events import formats
 from simpletuner.events.text import plural
 from simpletuner.i18n import text
 from simpletuner.train.survey import CaptionReport, RunOutlook, Survey
+
+if TYPE_CHECKING:
+    from simpletuner.train.caching import CacheSummary  # loads torch
 
 _NAMES_SHOWN = 5
 _WORDS_SHOWN = 12
@@ -101,6 +107,21 @@ def caption_lines(report: CaptionReport, language: str, *, shows_all: bool) -> I
         yield ""
     if not report.counts_tokens:
         yield page.say("captions.no_tokenizer")
+
+
+def cached_lines(summary: CacheSummary, language: str) -> Iterator[str]:
+    """The page of `simpletuner dataset cache`."""
+    page = _Page(language, shows_all=True)
+    for kind, filled, folders in (
+        ("latents", summary.latents, summary.latent_folders),
+        ("prompts", summary.prompts, (summary.prompt_folder,)),
+    ):
+        where = ", ".join(shown_path(folder, Path.cwd()) for folder in folders)
+        yield page.say(f"cached.{kind}", total=filled.total, made=filled.made, folders=where)
+    if summary.num_unreadable:
+        yield page.say("cached.unreadable", n=summary.num_unreadable)
+    if summary.left_to_training:
+        yield page.say("cached.later", ids=", ".join(summary.left_to_training))
 
 
 def _scanned(dataset: DatasetSurvey, page: _Page) -> Iterator[str]:

@@ -81,11 +81,12 @@ class PhaseProgress:
     def update(self, done: int, *, total: int | None = None, detail: str | None = None) -> None:
         """`done` in all are done; what the first call says was done before. At most two per second are passed on."""
         total = self._event.total if total is None else total
-        before = self._event.before if self._is_begun else done
+        is_first = not self._is_begun
+        before = done if is_first else self._event.before
         self._is_begun = True
         self._event = replace(self._event, done=done, before=before, total=total, detail=detail)
         now = time.monotonic()
-        if now - self._last_sent >= PROGRESS_INTERVAL_S:
+        if is_first or now - self._last_sent >= PROGRESS_INTERVAL_S:
             self._last_sent = now
             self._emit(replace(self._event, elapsed_s=now - self._begin))
 

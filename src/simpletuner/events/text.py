@@ -411,7 +411,8 @@ def _estimate(plan: t.RunPlanned, language: str) -> str:
 def _ending(event: t.RunFinished, resumed: t.RunResumed | None, language: str) -> Line:
     values = {"step": event.step, "duration": formats.duration(event.seconds, language), "reason": event.reason or "?"}
     if event.state == "done":
-        return Line(text=text("console.done", language, **values), icon="ok")
+        key = "console.done.cached" if event.reason == "cache-only" else "console.done"
+        return Line(text=text(key, language, **values), icon="ok")
     if event.state == "failed":
         return Line(text=text("console.failed", language, **values), level="error", icon="error")
     saved = event.exit_code == ExitCode.STOPPED

@@ -6,6 +6,7 @@ Most mistakes that are not in the configuration itself show up here, so their me
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from simpletuner.data.records import DropReason, Plan
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import AspectChoice, CaptionSpec, DatasetSpec, ResizeSpec
 from simpletuner.data.storage import LocalStorage
+from simpletuner.events.progress import Reporter
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import (
     BucketCount,
@@ -58,7 +60,7 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
     if checkpoint is not None:
         run.emit(RunResumed(step=checkpoint.step, path=_shown(checkpoint.path, output_dir)))
     requests = image_requests(loaded.config)
-    config = _with_seed(loaded.config, checkpoint, run)
+    config = with_seed(loaded.config, checkpoint, run)
     plan = scan_datasets(config, loaded.datasets, run)
     sampler = make_sampler(config, plan)
     return Start(
@@ -108,7 +110,15 @@ def image_requests(config: Config) -> tuple[ImageRequest, ...]:
     )
 
 
-def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> Plan:
+def all_prompts(config: Config, plan: Plan, requests: Sequence[ImageRequest]) -> list[str]:
+    """Every text that a run embeds: captions, prompts of the validation and its negative prompt."""
+    prompts = set(plan.prompts()) | {request.prompt.text for request in requests}
+    if requests and config.validation.validation_guidance > 0:
+        prompts.add(config.validation.validation_negative_prompt)
+    return sorted(prompts)
+
+
+def scan_datasets(config: Config, datasets: DatasetsConfig, run: Reporter) -> Plan:
     """Find the images and sort them into buckets.
 
     Raises:
@@ -202,7 +212,7 @@ def total_updates(config: Config, micro_batches_per_epoch: int) -> int:
     return steps
 
 
-def _with_seed(config: Config, checkpoint: Checkpoint | None, run: RunRecorder) -> Config:
+def with_seed(config: Config, checkpoint: Checkpoint | None, run: Reporter) -> Config:
     """The configuration with the seed -1 replaced by the checkpoint's, or by one drawn now."""
     if config.run.seed >= 0:
         return config
