@@ -63,8 +63,7 @@ class _Page:
         return f"{self._block * cells:{_BAR_CELLS}}"
 
     def number(self, value: float) -> str:
-        whole = float(value).is_integer()
-        return str(int(value)) if whole else formats.decimal(value, 2, self.language)
+        return str(int(value)) if float(value).is_integer() else formats.significant(value, self.language)
 
 
 def scan_lines(survey: Survey, language: str, *, shows_all: bool) -> Iterator[str]:
