@@ -303,8 +303,7 @@ def phase_label(key: str, language: str) -> str:
 def phase_text(phase: t.RunPhase, language: str) -> str:
     """ "latents: 12/24 images, 3.1 s"."""
     figures = [phase_amount(phase, language), formats.duration(phase.elapsed_s, language)]
-    if not phase.finished:
-        figures[1:1] = phase_pace(phase, phase.elapsed_s, language)
+    figures[1:1] = phase_news(phase, language) if phase.finished else phase_pace(phase, phase.elapsed_s, language)
     return f"{phase_label(phase.key, language)}: {', '.join(figure for figure in figures if figure)}"
 
 
@@ -338,6 +337,14 @@ def phase_pace(phase: t.RunPhase, elapsed_s: float, language: str) -> list[str]:
         return [f"{speed}/s"]
     duration = formats.rounded_duration(round_remaining(left_s))
     return [f"{speed}/s", text("console.left", language, duration=duration)]
+
+
+def phase_news(phase: t.RunPhase, language: str) -> list[str]:
+    """ "new: 3" or "nothing new" of a finished phase that found some of its work done before."""
+    if phase.before == 0:
+        return []
+    made = phase.done - phase.before
+    return [text("console.phase.new", language, n=made) if made else text("console.phase.nothing_new", language)]
 
 
 def plural(noun: str, count: int, language: str) -> str:
