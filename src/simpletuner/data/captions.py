@@ -6,7 +6,6 @@ import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import PurePosixPath
 
 from simpletuner.data.spec import CaptionSpec
 from simpletuner.data.storage import CAPTION_EXTENSION
@@ -43,7 +42,7 @@ def needs_texts(spec: CaptionSpec) -> bool:
 
 def caption_key(image: str) -> str:
     """The key of the caption file that belongs to an image's."""
-    return str(PurePosixPath(image).with_suffix(CAPTION_EXTENSION))
+    return image[: image.rindex(".")] + CAPTION_EXTENSION
 
 
 def read_captions(image: str, spec: CaptionSpec, texts: Mapping[str, bytes]) -> tuple[str, ...] | BadCaption:
@@ -68,7 +67,8 @@ def _instance_prompts(spec: CaptionSpec) -> tuple[str, ...]:
 
 
 def _from_file_name(image: str) -> tuple[str, ...] | BadCaption:
-    caption = PurePosixPath(image).stem.replace("_", " ").strip()
+    name = image[image.rfind("/") + 1 :]
+    caption = name[: name.rindex(".")].replace("_", " ").strip()
     if not caption:
         return BadCaption(key=image, fault=CaptionFault.EMPTY)
     try:
