@@ -71,7 +71,7 @@ def test_unreadable_images_stop_a_run_that_asks_for_it(project, train, monkeypat
     assert json.loads((project.output / "run.json").read_text())["state"] == "failed"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=22)
 def test_two_runs_fill_one_cache_at_once(project):
     options = ("--log-format=plain", "--cache_dir=shared", "--max_train_steps=2")
     runs = [project.start("train", f"--output_dir={name}", *options) for name in ("one", "two")]
