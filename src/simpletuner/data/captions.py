@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from simpletuner.data.caption_variants import filter_captions, shuffle_captions
 from simpletuner.data.spec import CaptionSpec
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -18,6 +19,7 @@ class CaptionFault(str, Enum):
     MISSING = "missing"
     EMPTY = "empty"
     ENCODING = "encoding"
+    FILTERED = "filtered"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +39,23 @@ def lacks_instance_prompt(spec: CaptionSpec) -> bool:
 def read_captions(image: Path, spec: CaptionSpec) -> tuple[str, ...] | BadCaption:
     """Return the captions of an image, at least one, none empty, in the order in which they were written.
 
-    Several lines of a text file are several captions, unless `disable_multiline_split`. With
-    `prepend_instance_prompt` each instance prompt goes before each caption.
+    Several lines of a text file are several captions, unless `disable_multiline_split`. They are filtered, and each is
+    followed by its variants. With `prepend_instance_prompt` each instance prompt, as it is written, goes before each.
     """
     instance_prompts = _instance_prompts(spec)
     if spec.only_instance_prompt or spec.caption_strategy == "instanceprompt":
-        return instance_prompts
-    captions = _from_file_name(image) if spec.caption_strategy == "filename" else _from_text_file(image, spec)
-    if isinstance(captions, BadCaption) or not spec.prepend_instance_prompt:
+        captions: tuple[str, ...] | BadCaption = instance_prompts
+    else:
+        captions = _from_file_name(image) if spec.caption_strategy == "filename" else _from_text_file(image, spec)
+    if isinstance(captions, BadCaption):
+        return captions
+    if spec.filters:
+        captions = filter_captions(captions, spec.filters)
+        if not captions:
+            return BadCaption(path=image, fault=CaptionFault.FILTERED)
+    if spec.shuffle is not None:
+        captions = shuffle_captions(captions, spec.shuffle)
+    if not spec.prepend_instance_prompt or spec.only_instance_prompt or spec.caption_strategy == "instanceprompt":
         return captions
     return tuple(f"{prompt} {caption}" for prompt in instance_prompts for caption in captions)
 

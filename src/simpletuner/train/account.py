@@ -69,7 +69,7 @@ class Account:
         kinds = {padded(length) for found in lengths.values() for length in found}
         self._observed = Observed(
             picture=largest,
-            is_mixed=largest.count > 1 and len(kinds) > 1,
+            is_mixed=largest.count > 1 and (len(kinds) > 1 or any(map(_mixes_sizes, plan.datasets))),
             num_captions=len(plan.prompts()),
             num_images=sum(dataset.num_images for dataset in plan.datasets),
             total_steps=total_steps,
@@ -131,6 +131,10 @@ class Account:
             step_flops=step_flops(seen).step * seen.accumulation,
             time=format_time(utc_now()),
         )
+
+
+def _mixes_sizes(dataset: DatasetPlan) -> bool:
+    return dataset.batch_mixing == "packed" and len(dataset.buckets) > 1
 
 
 def _lengths(dataset: DatasetPlan, num_tokens: Callable[[str], int]) -> Iterator[int]:
