@@ -41,9 +41,9 @@ PROBLEMS = {
     "E-FILTER-FILE": ([{**BASIC, "caption_filter_list": "no.txt"}], {}, ["a.caption_filter_list", "no.txt"]),
     "E-FILTER-JSON": ([{**BASIC, "caption_filter_list": "bad.json"}], {}, ["a.caption_filter_list", "bad.json"]),
     "E-FILTER-EXPRESSION": (
-        [{**BASIC, "caption_filter_list": ["fine", "c++"]}],
+        [{**BASIC, "caption_filter_list": ["fine", "*cat"]}],
         {},
-        ["a.caption_filter_list", "c++", "multiple repeat"],
+        ["a.caption_filter_list", "*cat", "nothing to repeat"],
     ),
     "E-VALUE-OBJECT": ([{**BASIC, "caption_shuffle": "yes please"}], {}, ["a.caption_shuffle", "yes please"]),
     "E-VALUE-OBJECT-KEY": (
@@ -67,9 +67,8 @@ def test_a_mistake_is_told_with_dataset_key_and_place(project, code):
     assert problem.origin.startswith("config/multidatabackend.json:")
     for language in LANGUAGES:
         title, hint = render_problem(problem, language)
-        whole = f"{title}\n{hint}"
+        whole = f"{title}\n{hint or ''}"
         assert code not in title
-        assert hint
         for word in words:
             assert word in whole, (language, word, whole)
 

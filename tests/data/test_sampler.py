@@ -17,6 +17,7 @@ from simpletuner.data.batching import groups
 from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Plan, Sample
 from simpletuner.data.sampler import Pick, Sampler
 from simpletuner.data.spec import BatchMixing, Sampling, Schedule
+from simpletuner.data.storage import FileInfo, LocalStorage
 
 
 def dataset(
@@ -45,11 +46,12 @@ def dataset(
         dropped=(),
         batch_mixing=mixing,
         schedule=schedule or Schedule(),
+        storage=LocalStorage(folder=Path("images")),
     )
 
 
 def sample(name: str, key: str, size: tuple[int, int]) -> Sample:
-    record = ImageRecord(path=Path(key), key=key, size=size, size_bytes=1, mtime_ns=1, content_id=key)
+    record = ImageRecord(file=FileInfo(key=key, size_bytes=1, version="1"), size=size)
     geometry = Geometry(target=size, intermediary=size, crop=(0, 0))
     return Sample(dataset_id=name, record=record, geometry=geometry, captions=("one", "two", "three"))
 

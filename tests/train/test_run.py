@@ -15,6 +15,7 @@ from simpletuner.config.sections.run import RunSection
 from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Plan, Sample
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import Schedule
+from simpletuner.data.storage import FileInfo, LocalStorage
 from simpletuner.i18n import LANGUAGES, catalog, render_problem
 from simpletuner.problems import ConfigError, Problem
 from simpletuner.train.build import lora_info, lora_settings, trigger_words
@@ -33,7 +34,7 @@ def config(*, epochs=0, steps=0, accumulation=1) -> Config:
 def sampler_of(batches: int, *, accumulation: int = 1, **schedule: int) -> Sampler:
     """Over one dataset of that many images, one per batch."""
     size = (64, 64)
-    record = ImageRecord(path=Path("a"), key="a", size=size, size_bytes=1, mtime_ns=1, content_id="a")
+    record = ImageRecord(file=FileInfo(key="a", size_bytes=1, version="1"), size=size)
     geometry = Geometry(target=size, intermediary=size, crop=(0, 0))
     sample = Sample(dataset_id="cats", record=record, geometry=geometry, captions=("a",))
     dataset = DatasetPlan(
@@ -44,6 +45,7 @@ def sampler_of(batches: int, *, accumulation: int = 1, **schedule: int) -> Sampl
         is_regularisation=False,
         caption_dropout_probability=0.0,
         dropped=(),
+        storage=LocalStorage(folder=Path("images")),
         schedule=Schedule(**schedule),
     )
     plan = Plan(datasets=(dataset,), fingerprint="")

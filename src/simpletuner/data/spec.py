@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
+
+from simpletuner.data.storage import Storage
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CropStyle = Literal["random", "center", "corner"]
@@ -101,7 +102,7 @@ class DatasetSpec:
     """One image dataset of the run."""
 
     id: str
-    instance_data_dir: Path
+    storage: Storage
     resize: ResizeSpec = field(default_factory=ResizeSpec)
     captions: CaptionSpec = field(default_factory=CaptionSpec)
     repeats: int = 0
@@ -117,3 +118,5 @@ class DatasetSpec:
     """A bucket that cannot fill a batch is shown more often; `allow_dataset_oversubscription` without `repeats`."""
     prunes_short_buckets: bool = False
     """A bucket that cannot fill a batch is left out; with a minimum size, but for `disable_bucket_pruning`."""
+    skips_unreadable: bool = True
+    """Leave out images that cannot be read; otherwise they are an error."""

@@ -6,17 +6,18 @@ Most mistakes that are not in the configuration itself show up here, so their me
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from simpletuner.config.datasets import CaptionShuffle, DatasetsConfig, ImageDataset, TextEmbeds
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
-from simpletuner.data.plan import build_plan
+from simpletuner.data.plan import build_plan, unreadable_warnings
 from simpletuner.data.records import DatasetPlan, DropReason, Plan, Size
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import AspectChoice, CaptionSpec, CropStyle, DatasetSpec, ResizeSpec, Schedule, ShuffleSpec
+from simpletuner.data.storage import LocalStorage
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import (
     BucketCount,
@@ -60,12 +61,9 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
     requests = image_requests(loaded.config)
     config = _with_seed(loaded.config, checkpoint, run)
     plan = scan_datasets(config, loaded.datasets, run)
-    accumulation = config.optimizer.gradient_accumulation_steps
-    sampler = Sampler(
-        plan, seed=config.run.seed, batch_size=config.optimizer.train_batch_size, accumulation_steps=accumulation
-    )
+    sampler = make_sampler(config, plan)
     total_steps = total_updates(config, sampler)
-    for name in sampler.idle_datasets(total_steps * accumulation):
+    for name in sampler.idle_datasets(total_steps * config.optimizer.gradient_accumulation_steps):
         params = {"id": name, "steps": total_steps}
         run.emit(ProblemReported(problem=Problem(code="W-DATASET-IDLE", severity=Severity.WARNING, params=params)))
     return Start(
@@ -75,6 +73,27 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
         plan=plan,
         sampler=sampler,
         total_steps=total_steps,
+    )
+
+
+def plan_again(start: Start, datasets: DatasetsConfig, *, run: RunRecorder) -> Start:
+    """`start` with the images that can be used now that more is known of them.
+
+    Raises:
+        DatasetError: those that are left do not make a run.
+    """
+    plan = scan_datasets(start.config, datasets, run)
+    sampler = make_sampler(start.config, plan)
+    return replace(start, plan=plan, sampler=sampler, total_steps=total_updates(start.config, sampler))
+
+
+def make_sampler(config: Config, plan: Plan) -> Sampler:
+    """The order of training."""
+    return Sampler(
+        plan,
+        seed=config.run.seed,
+        batch_size=config.optimizer.train_batch_size,
+        accumulation_steps=config.optimizer.gradient_accumulation_steps,
     )
 
 
@@ -114,6 +133,8 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
             max_workers=config.data.max_workers,
             sampling=config.data.data_backend_sampling,
         )
+    for problem in unreadable_warnings(plan):
+        run.emit(ProblemReported(problem=problem))
     for dataset in plan.datasets:
         run.emit(_planned(dataset))
     return plan
@@ -124,7 +145,7 @@ def dataset_spec(dataset: ImageDataset, config: Config, embeds: TextEmbeds) -> D
     has_minimum = dataset.minimum_image_size is not None
     return DatasetSpec(
         id=dataset.id,
-        instance_data_dir=Path(dataset.instance_data_dir),
+        storage=LocalStorage(folder=Path(dataset.instance_data_dir)),
         resize=ResizeSpec(
             resolution=dataset.resolution,
             resolution_type=dataset.resolution_type,
@@ -169,6 +190,7 @@ def dataset_spec(dataset: ImageDataset, config: Config, embeds: TextEmbeds) -> D
         ),
         fills_short_buckets=config.data.allow_dataset_oversubscription and "repeats" not in dataset.model_fields_set,
         prunes_short_buckets=has_minimum and not config.data.disable_bucket_pruning,
+        skips_unreadable=dataset.unreadable_images == "skip",
     )
 
 
