@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from simpletuner.problems import ConfigError, Problem
 from simpletuner.train.build import lora_info, lora_settings, trigger_words
 from simpletuner.train.device import choose_compute, choose_device
 from simpletuner.train.run import config_hash
-from simpletuner.train.start import total_updates
+from simpletuner.train.start import idle_warnings, total_updates
 
 
 def config(*, epochs=0, steps=0, accumulation=1) -> Config:
@@ -115,6 +116,20 @@ def test_trigger_words_are_the_instance_prompts_that_were_captions():
         dataset("e", "the thing", only_instance_prompt=True),
     ]
     assert trigger_words(datasets) == ("sks octopus", "an octopus", "the thing")
+
+
+def test_a_dataset_that_never_comes_is_told():
+    first = sampler_of(10).plan.datasets[0]
+    late = replace(first, id="late", schedule=Schedule(start_step=8))
+    sampler = Sampler(Plan(datasets=(first, late), fingerprint=""), seed=1, batch_size=1)
+    (problem,) = idle_warnings(config(steps=7), sampler, 7)
+    assert problem.code == "W-DATASET-IDLE"
+    for language in LANGUAGES:
+        title, hint = render_problem(problem, language)
+        assert "late" in title
+        assert "7" in title
+        assert "disabled" in hint
+    assert idle_warnings(config(steps=8), sampler, 8) == []
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

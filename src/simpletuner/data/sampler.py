@@ -122,8 +122,8 @@ class Sampler:
         dataset = self._datasets[which]
         samples = self._rounds.get((which, number), self._deal_round).batch(batch)
         return tuple(
-            Pick(sample=sample, prompt=self._prompt(sample, dataset, global_index, place))
-            for place, sample in enumerate(samples)
+            Pick(sample=sample, prompt=self._prompt(sample, dataset, global_index, number_in_batch))
+            for number_in_batch, sample in enumerate(samples)
         )
 
     def _first_counts(self) -> tuple[int, ...]:

@@ -63,9 +63,8 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
     plan = scan_datasets(config, loaded.datasets, run)
     sampler = make_sampler(config, plan)
     total_steps = total_updates(config, sampler)
-    for name in sampler.idle_datasets(total_steps * config.optimizer.gradient_accumulation_steps):
-        params = {"id": name, "steps": total_steps}
-        run.emit(ProblemReported(problem=Problem(code="W-DATASET-IDLE", severity=Severity.WARNING, params=params)))
+    for problem in idle_warnings(config, sampler, total_steps):
+        run.emit(ProblemReported(problem=problem))
     return Start(
         config=config,
         requests=requests,
@@ -215,6 +214,15 @@ def total_updates(config: Config, sampler: Sampler) -> int:
         params = {"epochs": epochs, "batches": sampler.batches_per_epoch, "accumulation": accumulation}
         raise ConfigError(Problem(code="E-NO-STEPS", params=params, path="/num_train_epochs"))
     return batches // accumulation
+
+
+def idle_warnings(config: Config, sampler: Sampler, total_steps: int) -> list[Problem]:
+    """One warning for each dataset that could be drawn but never is."""
+    idle = sampler.idle_datasets(total_steps * config.optimizer.gradient_accumulation_steps)
+    return [
+        Problem(code="W-DATASET-IDLE", severity=Severity.WARNING, params={"id": name, "steps": total_steps})
+        for name in idle
+    ]
 
 
 def _planned(dataset: DatasetPlan) -> DatasetPlanned:
