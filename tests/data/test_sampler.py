@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simpletuner.data.batching import groups
@@ -203,6 +204,7 @@ def test_a_datasets_share_is_its_length_times_its_probability() -> None:
     assert {count for key, count in shown.items() if key.startswith("tenth/")} == {1}
 
 
+@settings(max_examples=30)
 @given(SEEDS, st.integers(1, 3), st.integers(1, 3))
 def test_a_dataset_that_comes_and_goes_goes_on_where_it_was(seed: int, world_size: int, accumulation: int) -> None:
     """Whatever its schedule, a dataset shows its own images in the order of one that is always there."""
@@ -326,3 +328,18 @@ def test_a_hundred_thousand_images_take_no_time() -> None:
     each_s = (time.process_time() - before_s - first_s) / 1000
     assert first_s < 1.0
     assert each_s < 0.001
+
+
+def test_a_hundred_thousand_images_take_little_memory() -> None:
+    """Beside the plan itself: an order of the epoch and of the dataset's round, and one list of a packed dataset."""
+    (bucket,) = dataset("large", [1]).buckets
+    large = replace(bucket, samples=bucket.samples * 100_000)
+    plan = plan_of(replace(dataset("large", [1], mixing="packed", repeats=3), buckets=(large,)))
+    tracemalloc.start()
+    sampler = Sampler(plan, seed=1, batch_size=4)
+    for index in (0, 1, sampler.batches_per_epoch + 1):
+        sampler.picks(index)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 20e6
+    assert peak < 40e6

@@ -218,7 +218,7 @@ def _select(
     used: list[tuple[ImageRecord, Geometry]] = []
     dropped: list[Dropped] = []
     for record in records:
-        result = fit(record.size, spec.resize, seed=seed, content_id=record.key)
+        result = fit(record.size, spec.resize, seed=seed, key=record.key)
         if isinstance(result, DropReason):
             dropped.append(Dropped(key=record.key, reason=result))
         else:
