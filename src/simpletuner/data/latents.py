@@ -35,7 +35,8 @@ from simpletuner.problems import DatasetError, Problem
 
 _PIXELS_VERSION = "pixels 2"
 """Part of every key. Changes when decoding or resizing gives other pixels."""
-_HOLD_UP_TO_BYTES = 1 << 30
+HOLD_UP_TO_BYTES = 1 << 30
+"""Latents of a run that stay in main memory."""
 _MAX_DECODERS = 8
 _PROCESSES_FROM_PICTURES = 1024
 
@@ -79,11 +80,15 @@ class LatentKeys:
     """Dataset id -> key of a file -> content id."""
 
     def of(self, sample: Sample) -> str:
-        """32 hex digits: a hash of the image's bytes, its geometry and the encoder."""
-        geometry = sample.geometry
+        """See `latent_key`."""
         content_id = self.contents[sample.dataset_id][sample.record.key]
-        numbers = (*geometry.target, *geometry.intermediary, *geometry.crop)
-        return stable_hash(_PIXELS_VERSION, content_id, self.encoder_id, *numbers)
+        return latent_key(sample.geometry, content_id, self.encoder_id)
+
+
+def latent_key(geometry: Geometry, content_id: str, encoder_id: str) -> str:
+    """The name of a latent in a cache, 32 hex digits: a hash of the image's bytes, its geometry and the encoder."""
+    numbers = (*geometry.target, *geometry.intermediary, *geometry.crop)
+    return stable_hash(_PIXELS_VERSION, content_id, encoder_id, *numbers)
 
 
 class LatentStore:
@@ -106,7 +111,7 @@ class LatentStore:
         if held is not None:
             return held
         latent = self._stores[sample.dataset_id].get(key)
-        if self._held_bytes + latent.nbytes <= _HOLD_UP_TO_BYTES:
+        if self._held_bytes + latent.nbytes <= HOLD_UP_TO_BYTES:
             self._held[key] = latent
             self._held_bytes += latent.nbytes
         return latent
@@ -229,7 +234,7 @@ class _BadImage:
     error: UnreadableImageError | OSError
 
 
-_Pixels = npt.NDArray[np.uint8]  # [H, W, C]
+Pixels = npt.NDArray[np.uint8]  # [H, W, C]
 
 
 def _wanted(plan: Plan, stores: Mapping[str, TensorStore], keys: LatentKeys) -> dict[TensorStore, dict[str, Sample]]:
@@ -296,7 +301,7 @@ def _encode(
     return bad
 
 
-def _decode(picture: _Picture) -> _Pixels | _BadImage:
+def _decode(picture: _Picture) -> Pixels | _BadImage:
     try:
         return cut(decode(picture.storage.read(picture.file)), picture.geometry)
     except (UnreadableImageError, OSError) as error:
@@ -316,17 +321,25 @@ def _settle(bad: Sequence[_BadImage], cache_dir: Path) -> None:
     raise PlanAgainError
 
 
-def _encode_job(job: _Job, pictures: Sequence[_Pixels], encoder: LatentEncoder, writer: Writer) -> None:
-    pixels_BHWC = torch.from_numpy(np.stack(pictures))
+def _encode_job(job: _Job, pixels: Sequence[Pixels], encoder: LatentEncoder, writer: Writer) -> None:
+    shown = [picture.storage.shown(picture.file.key) for picture in job.pictures]
+    for key, latent in zip(job.keys, encode_pixels(pixels, encoder, shown), strict=True):
+        writer.put(key, latent)
+
+
+def encode_pixels(pixels: Sequence[Pixels], encoder: LatentEncoder, names: Sequence[str]) -> list[Tensor]:
+    """Return the latents of pictures of one size, each [C, h, w] float32 on the CPU.
+
+    Raises: DatasetError: a latent is not finite; it tells the name of its picture.
+    """
+    pixels_BHWC = torch.from_numpy(np.stack(pixels))
     images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
     with torch.no_grad():
         latents_BChw = encoder.encode(images_BCHW).to("cpu", torch.float32)
-    assert len(latents_BChw) == len(job.keys)
-    for key, picture, latent in zip(job.keys, job.pictures, latents_BChw, strict=True):
+    for name, latent in zip(names, latents_BChw, strict=True):
         if not bool(torch.isfinite(latent).all()):
-            params = {"file": picture.storage.shown(picture.file.key)}
-            raise DatasetError(Problem(code="E-LATENT-NOT-FINITE", params=params))
-        writer.put(key, latent)
+            raise DatasetError(Problem(code="E-LATENT-NOT-FINITE", params={"file": name}))
+    return list(latents_BChw)
 
 
 def _failure_problems(bad: Sequence[_BadImage]) -> list[Problem]:
