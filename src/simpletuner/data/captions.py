@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from simpletuner.data.caption_variants import filter_captions, shuffle_captions
 from simpletuner.data.spec import CaptionSpec
 from simpletuner.data.storage import CAPTION_EXTENSION
 
@@ -19,6 +20,7 @@ class CaptionFault(str, Enum):
     MISSING = "missing"
     EMPTY = "empty"
     ENCODING = "encoding"
+    FILTERED = "filtered"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,20 +52,31 @@ def read_captions(image: str, spec: CaptionSpec, texts: Mapping[str, bytes]) -> 
 
     `image` is its key; `texts` are the caption files by key, if `needs_texts`.
 
-    Several lines of a text file are several captions, unless `disable_multiline_split`. With
-    `prepend_instance_prompt` each instance prompt goes before each caption.
+    Several lines of a text file are several captions, unless `disable_multiline_split`. They are filtered, and each is
+    followed by its variants. With `prepend_instance_prompt` each instance prompt, as it is written, goes before each.
     """
     instance_prompts = _instance_prompts(spec)
-    if spec.only_instance_prompt or spec.caption_strategy == "instanceprompt":
-        return instance_prompts
-    captions = _from_file_name(image) if spec.caption_strategy == "filename" else _from_text_file(image, spec, texts)
-    if isinstance(captions, BadCaption) or not spec.prepend_instance_prompt:
+    is_prompt = spec.only_instance_prompt or spec.caption_strategy == "instanceprompt"
+    captions = instance_prompts if is_prompt else _own_captions(image, spec, texts)
+    if isinstance(captions, BadCaption):
+        return captions
+    if spec.filters:
+        captions = filter_captions(captions, spec.filters)
+        if not captions:
+            return BadCaption(key=image, fault=CaptionFault.FILTERED)
+    if spec.shuffle is not None:
+        captions = shuffle_captions(captions, spec.shuffle)
+    if is_prompt or not spec.prepend_instance_prompt:
         return captions
     return tuple(f"{prompt} {caption}" for prompt in instance_prompts for caption in captions)
 
 
 def _instance_prompts(spec: CaptionSpec) -> tuple[str, ...]:
     return tuple(prompt.strip() for prompt in spec.instance_prompts if prompt.strip())
+
+
+def _own_captions(image: str, spec: CaptionSpec, texts: Mapping[str, bytes]) -> tuple[str, ...] | BadCaption:
+    return _from_file_name(image) if spec.caption_strategy == "filename" else _from_text_file(image, spec, texts)
 
 
 def _from_file_name(image: str) -> tuple[str, ...] | BadCaption:
