@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict
 
 from simpletuner.config.fields import Opt, Option, Section, describe
-from simpletuner.config.sections.data import CAPTION_SPELLINGS, CaptionStrategy, ResolutionType
+from simpletuner.config.sections.data import CAPTION_SPELLINGS, CaptionStrategy, ResolutionType, UnreadableImages
 
 _CENTER = (("centre", "center"), ("centered", "center"))
 
@@ -107,6 +107,9 @@ class ImageDataset(Section):
 
     max_num_samples: Annotated[int | None, Ge(1), Opt(unit="images")] = None
     """Use only so many images, always the same ones."""
+
+    unreadable_images: Annotated[UnreadableImages, Opt()] = "skip"
+    """What to do with images that cannot be read: skip leaves them out and names them, stop ends the run."""
 
     is_regularisation_data: Annotated[bool, Opt(aliases=("is_regularization_data",))] = False
     """Images that keep the model as it was: it trains towards what it predicts without the adapter."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simpletuner.config.datasets import DatasetsConfig
 from simpletuner.config.root import Config
-from simpletuner.data.latents import LatentSource, LatentStore, cache_latents
+from simpletuner.data.latents import LatentSource, LatentStore, cache_latents, learn_latent_keys
 from simpletuner.data.prompts import PromptSource, PromptStore, cache_prompts
 from simpletuner.data.records import Plan
 from simpletuner.events.progress import Reporter
@@ -130,7 +130,11 @@ def fill_latent_cache(
     compute: Compute,
     run: Reporter,
 ) -> LatentStore:
-    """Latents of all samples of the plan; the VAE is loaded only if one is missing."""
+    """Latents of all samples of the plan; the VAE is loaded only if one is missing.
+
+    Raises:
+        PlanAgainError: images turned out to be unreadable; a new plan leaves them out.
+    """
     dtype = vae_dtype(config, compute)
 
     def open_encoder() -> _Identified[Tensor, Tensor]:
@@ -138,11 +142,22 @@ def fill_latent_cache(
 
     directories = {dataset.id: Path(dataset.cache_dir_vae) for dataset in datasets.images}
     identity = codec_id(files.vae, dtype=dtype, tiling=config.memory.vae_enable_tiling)
+    cache_dir = Path(config.data.cache_dir)
+    with run.phase("contents", unit="images") as progress:
+        keys = learn_latent_keys(
+            plan,
+            identity,
+            cache_dir=cache_dir,
+            on_progress=lambda done, total: progress.update(done, total=total),
+            max_workers=config.data.max_workers,
+        )
     with run.phase("latents", unit="images") as progress:
         store = cache_latents(
             plan,
             LatentSource(id=identity, open=open_encoder),
+            keys,
             directory_of=directories.__getitem__,
+            cache_dir=cache_dir,
             batch_size=config.data.vae_batch_size,
             on_progress=lambda done, total: progress.update(done, total=total),
             write_batch_size=config.data.write_batch_size,

@@ -16,14 +16,17 @@ import torch
 from simpletuner.adapters.lora import disabled
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config, options
+from simpletuner.data.latents import PlanAgainError
 from simpletuner.data.loader import Latents, iterate_batches
 from simpletuner.data.plan import plan_parts
+from simpletuner.data.prompts import PromptStore
 from simpletuner.data.records import Plan
 from simpletuner.data.sampler import Sampler
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
 from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, Event, ProblemReported, RunPlanned
 from simpletuner.models.places import public_name
+from simpletuner.models.weights import PipelineFiles
 from simpletuner.optim.schedules import schedule_problems
 from simpletuner.optim.settings import state_layout
 from simpletuner.optim.state import averaged_weights, optimizer_state, restore_optimizer_
@@ -57,7 +60,7 @@ from simpletuner.train.oom import is_out_of_memory, out_of_memory
 from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache, free_memory
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
-from simpletuner.train.start import Start
+from simpletuner.train.start import Start, plan_again
 from simpletuner.train.step import MicroBatch, StepResult, train_step
 from simpletuner.train.trained import Trained
 from simpletuner.validation.requests import ImageRequest
@@ -143,43 +146,20 @@ class _Run:
         return out_of_memory(error, self._account.expected(), phase=self._account.meter.phase)
 
     def carry_out(self) -> Outcome:
-        config, run, start = self._config, self._run, self._start
-        requests, plan, sampler, checkpoint = start.requests, start.plan, start.sampler, start.checkpoint
-        total_steps = start.total_steps
+        config, run, checkpoint = self._config, self._run, self._start.checkpoint
         with self._stop.interruptible():
             compute = self._choose_compute()
-            recipe = self._recipe(plan)
-            start_step = self._check_checkpoint(checkpoint, recipe)
+            start_step = self._check_checkpoint(checkpoint, self._recipe(self._start.plan))
             files, assistant_file = find_model(config, run)
             assistant = read_assistant(config, assistant_file, files.transformer)
             key = assistant.key if assistant is not None else ""
             announce_offload(config.memory, files.transformer, compute, run, addition_key=key)
             account = Account(config, self._loaded.datasets, device=compute.device, records=self._measurements)
             self._account = account
-            account.look_at(plan, total_steps)
-            self._announce(
-                plan,
-                sampler,
-                compute,
-                requests,
-                account.expected(),
-                start_step=start_step,
-                total_steps=total_steps,
-            )
-            account.meter.enter("prompts")
-            prompts = fill_prompt_cache(
-                self._all_prompts(plan, requests),
-                config=config,
-                datasets=self._loaded.datasets,
-                files=files,
-                compute=compute,
-                run=run,
-            )
             vae = Vae(config, files=files, compute=compute, run=run)
-            account.meter.enter("latents")
-            latents = fill_latent_cache(
-                plan, config=config, datasets=self._loaded.datasets, files=files, vae=vae, compute=compute, run=run
-            )
+            start, prompts, latents = self._fill_caches(account, files, vae, compute, start_step=start_step)
+            requests, plan, sampler, total_steps = start.requests, start.plan, start.sampler, start.total_steps
+            recipe = self._recipe(plan)
             account.look_at(plan, total_steps, lambda prompt: len(prompts.get(prompt)))
             account.before_model()
             account.meter.enter("load")
@@ -249,6 +229,34 @@ class _Run:
         validator.show(step)
         return Outcome(exit_code=ExitCode.OK, step=step, weights=weights, sheet=validator.sheet)
 
+    def _fill_caches(
+        self, account: Account, files: PipelineFiles, vae: Vae, compute: Compute, *, start_step: int
+    ) -> tuple[Start, PromptStore, Latents]:
+        """Announce the run and fill its caches; the start that it has once all images are known to be whole."""
+        config, datasets, start = self._config, self._loaded.datasets, self._start
+        while True:
+            plan = start.plan
+            account.look_at(plan, start.total_steps)
+            self._announce(start, compute, account.expected(), start_step=start_step)
+            account.meter.enter("prompts")
+            prompts = fill_prompt_cache(
+                self._all_prompts(plan, start.requests),
+                config=config,
+                datasets=datasets,
+                files=files,
+                compute=compute,
+                run=self._run,
+            )
+            account.meter.enter("latents")
+            try:
+                latents = fill_latent_cache(
+                    plan, config=config, datasets=datasets, files=files, vae=vae, compute=compute, run=self._run
+                )
+            except PlanAgainError:
+                start = plan_again(start, datasets, run=self._run)
+            else:
+                return start, prompts, latents
+
     def _choose_compute(self) -> Compute:
         compute, override = choose_compute(
             choose_device(self._config.run.device),
@@ -287,18 +295,8 @@ class _Run:
             self._run.emit(ProblemReported(problem=problem))
         return checkpoint.step
 
-    def _announce(
-        self,
-        plan: Plan,
-        sampler: Sampler,
-        compute: Compute,
-        requests: Sequence[ImageRequest],
-        expected: Estimate,
-        *,
-        start_step: int,
-        total_steps: int,
-    ) -> None:
-        config = self._config
+    def _announce(self, start: Start, compute: Compute, expected: Estimate, *, start_step: int) -> None:
+        config, plan, requests, total_steps = self._config, start.plan, start.requests, start.total_steps
         for problem in schedule_problems(schedule_settings(config), total_steps):
             self._run.emit(ProblemReported(problem=problem))
         rollout = rollout_settings(config)
@@ -306,7 +304,7 @@ class _Run:
             self._run.emit(ProblemReported(problem=rollout_cost(rollout)))
         device = compute.device
         free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
-        steps_per_epoch = sampler.batches_per_epoch / config.optimizer.gradient_accumulation_steps
+        steps_per_epoch = start.sampler.batches_per_epoch / config.optimizer.gradient_accumulation_steps
         self._run.emit(
             RunPlanned(
                 model=f"{config.model.model_family} {config.model.model_flavour}",

@@ -15,6 +15,7 @@ _DEFAULT = FLAVOURS[DEFAULT_FLAVOUR]
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+UnreadableImages = Literal["skip", "stop"]
 CAPTION_SPELLINGS = (("instance_prompt", "instanceprompt"), ("text_file", "textfile"))
 
 
@@ -55,6 +56,9 @@ class DataSection(Section):
 
     caption_dropout_probability: Annotated[float, Ge(0), Le(1), Opt()] = 0.1
     """Share of the steps that train with an empty caption."""
+
+    unreadable_images: Annotated[UnreadableImages, Opt()] = "skip"
+    """What to do with images that cannot be read: skip leaves them out and names them, stop ends the run."""
 
     cache_dir: Annotated[str, Opt(holds="path", shown_default="<output_dir>/cache")] = ""
     """Folder of the caches of latents and prompt embeddings."""
