@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from simpletuner.data.records import Size
 from simpletuner.data.storages.csv_table import missing_columns, read_rows
 from simpletuner.data.storages.errors import StorageError
-from simpletuner.data.storages.packages import need_packages
 
 if TYPE_CHECKING:
     from simpletuner.data.storages.hub import HubStorage
@@ -37,6 +36,10 @@ class Table(Protocol):
     @property
     def shown(self) -> str:
         """The table's name in messages."""
+        ...
+
+    def check(self) -> None:
+        """Make sure that the table is there with its columns, as far as that needs no network. Raises StorageError."""
         ...
 
     def rows(self, keys: Sequence[str]) -> Mapping[str, TableRow]:
@@ -65,14 +68,22 @@ class ParquetTable:
         """The file's path."""
         return str(self.path)
 
+    def check(self) -> None:
+        """Look at the columns."""
+        for _ in self._batches():
+            return
+
     def rows(self, keys: Sequence[str]) -> Mapping[str, TableRow]:
         """The rows of these images. A file name without a folder means every image of that name."""
-        matching = _by_name(keys, with_extension=self.identifier_includes_extension)
-        found: dict[str, TableRow] = {}
-        for row in self._read():
-            for key in matching(str(row[self.filename_column] or "")):
-                found[key] = TableRow(captions=self._captions(row), size=self._size(row))
-        return found
+        names = _Names(keys, with_extension=self.identifier_includes_extension)
+        by_path: dict[str, TableRow] = {}
+        by_name: dict[str, TableRow] = {}
+        for row in (row for batch in self._batches() for row in batch):
+            name = str(row[self.filename_column] or "")
+            for keys_of, found in ((names.with_path, by_path), (names.with_name, by_name)):
+                for key in keys_of(name):
+                    found[key] = TableRow(captions=self._captions(row), size=self._size(row))
+        return {**by_name, **by_path}
 
     def _captions(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         for column in (self.caption_column, self.fallback_caption_column):
@@ -87,8 +98,7 @@ class ParquetTable:
         width, height = row[self.width_column], row[self.height_column]
         return (int(width), int(height)) if width and height and width > 0 and height > 0 else None
 
-    def _read(self) -> Iterator[Mapping[str, Any]]:
-        need_packages(("pyarrow",), extra="parquet", place=self.shown)
+    def _batches(self) -> Iterator[Sequence[Mapping[str, Any]]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -106,8 +116,9 @@ class ParquetTable:
                 missing = [column for column in columns if column not in there]
                 if missing:
                     raise missing_columns(self.shown, "parquet.path", missing, there)
+                yield []
                 for batch in file.iter_batches(_ROWS_PER_BATCH, columns=columns):
-                    yield from batch.to_pylist()
+                    yield batch.to_pylist()
         except pa.ArrowException as error:
             reason = " ".join(str(error).split())
             params = {"key": "parquet.path"}
@@ -134,12 +145,21 @@ class CsvTable:
         """The file's path."""
         return str(self.path)
 
+    def check(self) -> None:
+        """Look at the columns."""
+        for _ in read_rows(self.path, [self.filename_column, self.caption_column], option="csv_file"):
+            return
+
     def rows(self, keys: Sequence[str]) -> Mapping[str, TableRow]:
         """The rows of these images. A file name without a folder means every image of that name."""
-        exact = _by_name(keys, with_extension=True)
-        bare = _by_name(keys, with_extension=False)
-        pairs = read_rows(self.path, [self.filename_column, self.caption_column], option="csv_file")
-        return _gathered((key, caption) for name, caption in pairs for key in exact(name) or bare(name))
+        whole, bare = (_Names(keys, with_extension=flag) for flag in (True, False))
+        pairs = list(read_rows(self.path, [self.filename_column, self.caption_column], option="csv_file"))
+
+        def gathered(*ways: Callable[[str], Sequence[str]]) -> dict[str, TableRow]:
+            found = ((next((keys for way in ways if (keys := way(name))), ()), caption) for name, caption in pairs)
+            return _gathered((key, caption) for keys, caption in found for key in keys)
+
+        return {**gathered(whole.with_name, bare.with_name), **gathered(whole.with_path, bare.with_path)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +174,21 @@ class UrlTable:
         """The file's path."""
         return str(self.storage.csv_file)
 
+    def check(self) -> None:
+        """Look at the columns."""
+        for _ in read_rows(self.storage.csv_file, self._columns, option="csv_file"):
+            return
+
     def rows(self, keys: Sequence[str]) -> Mapping[str, TableRow]:
         """The rows of these images."""
         wanted = set(keys)
-        columns = [self.storage.url_column, self.caption_column]
-        pairs = read_rows(self.storage.csv_file, columns, option="csv_file")
+        pairs = read_rows(self.storage.csv_file, self._columns, option="csv_file")
         named = ((self.storage.key_of(url), caption) for url, caption in pairs if url)
         return _gathered(pair for pair in named if pair[0] in wanted)
+
+    @property
+    def _columns(self) -> list[str]:
+        return [self.storage.url_column, self.caption_column]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +201,9 @@ class HubTable:
     def shown(self) -> str:
         """The dataset's name."""
         return self.storage.id
+
+    def check(self) -> None:
+        """Nothing: what the dataset has is known once it was fetched."""
 
     def rows(self, keys: Sequence[str]) -> Mapping[str, TableRow]:
         """The rows of these images."""
@@ -199,17 +230,26 @@ def _gathered(pairs: Iterable[tuple[str, str]]) -> dict[str, TableRow]:
     return {key: TableRow(captions=tuple(texts)) for key, texts in captions.items()}
 
 
-def _by_name(keys: Sequence[str], *, with_extension: bool) -> Callable[[str], Sequence[str]]:
-    """Finds the keys that a name in a table means: a path inside the dataset, or a file's name in any folder."""
-    by_path: dict[str, list[str]] = defaultdict(list)
-    for key in keys:
-        path = PurePosixPath(key)
-        path = path if with_extension else path.with_suffix("")
-        by_path[path.as_posix()].append(key)
-        if path.name != path.as_posix():
-            by_path[path.name].append(key)
+class _Names:
+    """Finds the images that a name in a table means. One that is a path inside the dataset means that image, before any
+    that only says the file's name."""
 
-    def find(name: str) -> Sequence[str]:
-        return by_path.get(name.strip().replace("\\", "/").removeprefix("./"), ())
+    def __init__(self, keys: Sequence[str], *, with_extension: bool) -> None:
+        self._by_path: dict[str, list[str]] = defaultdict(list)
+        self._by_name: dict[str, list[str]] = defaultdict(list)
+        for key in keys:
+            path = PurePosixPath(key) if with_extension else PurePosixPath(key).with_suffix("")
+            self._by_path[path.as_posix()].append(key)
+            self._by_name[path.name].append(key)
 
-    return find
+    def with_path(self, name: str) -> Sequence[str]:
+        """The keys of the images at this path."""
+        return self._by_path.get(_as_key(name), ())
+
+    def with_name(self, name: str) -> Sequence[str]:
+        """The keys of the images with this name, in any folder."""
+        return self._by_name.get(_as_key(name), ())
+
+
+def _as_key(name: str) -> str:
+    return name.strip().replace("\\", "/").removeprefix("./")

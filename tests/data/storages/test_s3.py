@@ -21,9 +21,7 @@ QUICK = Patience(num_attempts=3, first_pause_s=0.01, timeout_s=0.5)
 
 def storage_of(bucket, **options) -> S3Storage:
     options = {"endpoint_url": bucket.endpoint_url, "region_name": "us-east-1", "patience": QUICK, **options}
-    return S3Storage(
-        bucket=bucket.name, access_key_id=bucket.key, secret_access_key=bucket.secret, **options
-    )
+    return S3Storage(bucket=bucket.name, access_key_id=bucket.key, secret_access_key=bucket.secret, **options)
 
 
 @contextmanager
@@ -42,7 +40,13 @@ def code_of(call) -> StorageError:
 def test_what_was_put_is_listed_and_read(bucket):
     bodies = {f"train/{name}": name.encode() * 9 for name in ("b.jpg", "a b/ü+%.PNG", "a.webp", "c.jpeg", "empty.jpg")}
     bodies["train/empty.jpg"] = b""
-    for key, body in {**bodies, "train/b.txt": b"a cat", "train/x.mp4": b"", "other/z.jpg": b"", "trainee.jpg": b""}.items():
+    for key, body in {
+        **bodies,
+        "train/b.txt": b"a cat",
+        "train/x.mp4": b"",
+        "other/z.jpg": b"",
+        "trainee.jpg": b"",
+    }.items():
         bucket.put(key, body)
     bucket.put("train/", b"")
     bucket.put("train/.hidden/a.jpg", b"")

@@ -100,7 +100,14 @@ def test_files_beside_the_csv_are_read_where_they_are(storage, tmp_path):
 
 def test_keys_are_stable_unique_and_without_secrets(storage):
     found = storage("x.jpg")
-    urls = ["http://h/a.jpg", "https://h/a.jpg", "http://h/a.jpg?b", "http://user:word@h/a.jpg", "http://[h", "http://h/"]
+    urls = [
+        "http://h/a.jpg",
+        "https://h/a.jpg",
+        "http://h/a.jpg?b",
+        "http://user:word@h/a.jpg",
+        "http://[h",
+        "http://h/",
+    ]
     keys = [found.key_of(url) for url in urls]
     assert len(set(keys)) == len(urls)
     assert keys == [found.key_of(url) for url in urls]

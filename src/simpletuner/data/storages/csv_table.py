@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from simpletuner.data.storages.errors import StorageError
@@ -45,7 +45,9 @@ def read_rows(path: Path, columns: Sequence[str], *, option: str) -> Iterator[tu
         raise StorageError("E-TABLE-DAMAGED", place=place, reason=str(error), params={"key": option}) from error
     except OSError as error:
         params = {"key": option}
-        raise StorageError("E-TABLE-MISSING", place=place, reason=error.strerror or str(error), params=params) from error
+        raise StorageError(
+            "E-TABLE-MISSING", place=place, reason=error.strerror or str(error), params=params
+        ) from error
 
 
 def missing_columns(place: str, option: str, missing: Sequence[str], there: Sequence[str]) -> StorageError:
@@ -64,6 +66,6 @@ def _delimiter(header: str, columns: Sequence[str]) -> str:
     return max(_DELIMITERS, key=found)
 
 
-def _reader(lines: object, delimiter: str) -> Iterator[list[str]]:
+def _reader(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
     csv.field_size_limit(_LONGEST_FIELD)
-    return csv.reader(lines, delimiter=delimiter, strict=True)  # type: ignore[call-overload, no-any-return]
+    return csv.reader(lines, delimiter=delimiter, strict=True)

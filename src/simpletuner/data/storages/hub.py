@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -16,7 +16,6 @@ from simpletuner.data.storage import FileInfo, Listing, Unreadable
 from simpletuner.data.storages.csv_table import missing_columns
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.lazy import Lazy
-from simpletuner.data.storages.packages import need_packages
 from simpletuner.data.storages.row_store import RowStore, StreamRow, in_groups
 from simpletuner.data.tables import caption_texts
 
@@ -145,11 +144,7 @@ class HubStorage:
 
     @property
     def _is_streamed(self) -> bool:
-        return self.streaming and not self._is_saved
-
-    @property
-    def _is_saved(self) -> bool:
-        return self._saved_folder is not None
+        return self.streaming and self._saved_folder is None
 
     @property
     def _saved_folder(self) -> Path | None:
@@ -242,7 +237,6 @@ class HubStorage:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Say what an error of the libraries means. They repeat by themselves what may pass."""
-        need_packages(("datasets", "pyarrow"), extra="datasets", place=self.id)
         import datasets
         import pyarrow as pa
         from datasets.exceptions import DatasetsError

@@ -58,7 +58,8 @@ class RowStore:
     def add(self, first: int, new: Sequence[StreamRow]) -> None:
         """Append the rows from number `first` on, in one step."""
         values = [
-            (number, json.dumps(row.captions, ensure_ascii=False), row.image) for number, row in enumerate(new, start=first)
+            (number, json.dumps(row.captions, ensure_ascii=False), row.image)
+            for number, row in enumerate(new, start=first)
         ]
         with self._connection() as rows:
             rows.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", values)

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlsplit
 
+from simpletuner.data.hashing import stable_hash
 from simpletuner.data.storage import (
     CAPTION_EXTENSION,
     EXTENSIONS,
@@ -23,7 +24,6 @@ from simpletuner.data.storage import (
 )
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.lazy import Lazy
-from simpletuner.data.storages.packages import need_packages
 from simpletuner.data.storages.patience import Patience, TransientError, patiently
 
 if TYPE_CHECKING:
@@ -111,8 +111,13 @@ class S3Storage:
         return ranged(lambda start, length: self._get(file, f"bytes={start}-{start + length - 1}"), file.size_bytes)
 
     def content_of(self, file: FileInfo) -> str | None:
-        """Unknown: an ETag is a hash of the content only for some ways to upload."""
-        return None
+        """The object with its ETag: a hash of the bytes for some ways to upload, and another one for other bytes for
+        all. Spares reading every object twice."""
+        return stable_hash("s3 object 1", self.id, file.key, file.version, file.size_bytes)
+
+    def is_settled(self, file: FileInfo) -> bool:
+        """Yes: ETags do not depend on a clock."""
+        return True
 
     def shown(self, key: str) -> str:
         """s3://bucket/prefix/key."""
@@ -168,7 +173,6 @@ class S3Storage:
         return self._files.get(self._open)
 
     def _open(self) -> S3FileSystem:
-        need_packages(("s3fs",), extra="s3", place=self.id)
         import s3fs
 
         files = s3fs.S3FileSystem(
@@ -198,8 +202,19 @@ def _explained(place: str) -> Iterator[None]:
     from botocore.parsers import ResponseParserError
     from fsspec.exceptions import FSTimeoutError
 
-    missing = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.CredentialRetrievalError)
-    passing = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, ResponseParserError, FSTimeoutError)
+    missing = (
+        boto.NoCredentialsError,
+        boto.PartialCredentialsError,
+        boto.ProfileNotFound,
+        boto.CredentialRetrievalError,
+    )
+    passing = (
+        boto.ConnectionError,
+        boto.HTTPClientError,
+        boto.IncompleteReadError,
+        ResponseParserError,
+        FSTimeoutError,
+    )
     try:
         yield
     except missing as error:

@@ -7,19 +7,18 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from simpletuner.data.hashing import stable_hash
-from simpletuner.data.storage import EXTENSIONS, ChangedFileError, FileInfo, Listing, Unreadable
+from simpletuner.data.storage import EXTENSIONS, FileInfo, Listing, LocalStorage, Unreadable
 from simpletuner.data.storage_errors import storage_problems
 from simpletuner.data.storages.csv_table import read_rows
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.lazy import Lazy
-from simpletuner.data.storages.packages import need_packages
 from simpletuner.data.storages.patience import Patience, TransientError, patiently
 from simpletuner.events.files import replacing, write_atomic
 
@@ -80,9 +79,12 @@ class UrlStorage:
         on_progress(done, len(rows))
         if not wanted:
             return
-        need_packages(("aiohttp",), extra="urls", place=str(self.csv_file))
         for number, _ in enumerate(self._fetch_all(wanted), start=1):
             on_progress(done + number, len(rows))
+
+    def check(self) -> None:
+        """Look at the CSV alone. Raises StorageError."""
+        self._rows()
 
     def list_files(self) -> Listing:
         """Fetch what is missing and list what there is. Raises StorageError."""
@@ -107,20 +109,20 @@ class UrlStorage:
 
     def read(self, file: FileInfo) -> bytes:
         """The whole image. Raises ChangedFileError if it is not the one that was listed."""
-        with self.open(file) as stream:
-            data = stream.read()
-            status = os.fstat(stream.fileno())
-        if (status.st_size, str(status.st_mtime_ns)) != (file.size_bytes, file.version):
-            raise ChangedFileError(0, "it changed after it was listed", self.shown(file.key))
-        return data
+        path = self._path(self._rows()[file.key])
+        return LocalStorage(folder=path.parent).read(replace(file, key=path.name))
 
     def open(self, file: FileInfo) -> BinaryIO:
         """The file that was fetched."""
-        return self._path(self._rows()[file.key]).open("rb", buffering=0)  # type: ignore[return-value]
+        return self._path(self._rows()[file.key]).open("rb", buffering=0)
 
     def content_of(self, file: FileInfo) -> str | None:
         """Unknown."""
         return None
+
+    def is_settled(self, file: FileInfo) -> bool:
+        """Whether the last change is long enough ago for the file system's clock to tell a next one apart."""
+        return LocalStorage(folder=self.cache_dir).is_settled(file)
 
     def shown(self, key: str) -> str:
         """The URL, without what follows its "?": that may be a signature. Or the path."""
