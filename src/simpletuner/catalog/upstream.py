@@ -61,7 +61,7 @@ _OTHER_FLAGS = """
     validation_randomize validation_disable_unconditional=true validation_using_datasets eval_loss_disable
     enable_watermark override_dataset_config allow_dataset_oversubscription disable_bucket_pruning
     vae_cache_ondemand vae_cache_disable vae_cache_preprocess=true text_cache_ondemand text_cache_disable
-    compress_disk_cache preserve_data_backend_cache aspect_bucket_disable_rebuild ignore_missing_files
+    compress_disk_cache aspect_bucket_disable_rebuild ignore_missing_files
     delete_problematic_images delete_unwanted_images print_filenames print_sampler_statistics debug_aspect_buckets
     debug_dataset_loader push_checkpoints_to_hub push_to_hub_background model_card_private
     model_card_safe_for_work checkpointing_use_tempdir delete_invalid_checkpoints same_network
@@ -118,15 +118,12 @@ UPSTREAM: Mapping[str, UpstreamOption] = MappingProxyType(
 _DATASET_RESULT = """
     caption_filter_list caption_shuffle slider_strength conditioning_data conditioning
     conditioning_type source_dataset_id start_epoch=1 start_step=1,0 end_epoch end_step disable_after_epoch_step
-    image_embeds mask_type
+    image_embeds mask_type huggingface.composite_image_config huggingface.filter_func
 """
 _DATASET_OTHER = """
-    compress_cache preserve_data_backend_cache metadata_update_interval vae_cache_clear_each_epoch vae_cache_ondemand
-    vae_cache_disable parquet csv_file csv_caption_column csv_url_column csv_cache_dir aws_bucket_name
-    aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_session_token
-    aws_max_pool_connections aws_data_prefix dataset_name split revision image_column caption_column huggingface
-    delete_unwanted_images delete_problematic_images delete_nsfw_images disable_validation hash_filenames
-    ignore_epochs text_encoder_batch_size text_cache_ondemand text_cache_disable memory_filesystem_path
+    compress_cache metadata_update_interval vae_cache_clear_each_epoch vae_cache_ondemand
+    vae_cache_disable delete_unwanted_images delete_problematic_images delete_nsfw_images disable_validation
+    hash_filenames ignore_epochs text_encoder_batch_size text_cache_ondemand text_cache_disable memory_filesystem_path
     memory_filesystem_size memory_filesystem_sudo video audio num_frames
 """
 

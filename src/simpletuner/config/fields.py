@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -19,7 +19,7 @@ _OF_NUMBERS = ("type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaxim
 
 Level = Literal["basic", "advanced", "expert"]
 Kind = Literal["flag", "integer", "number", "text", "list"]
-Holds = Literal["text", "path", "location", "json", "prompts", "aspects"]
+Holds = Literal["text", "path", "location", "json", "prompts", "aspects", "secret"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class Opt:
     """What a type cannot say about an option.
 
     `holds`: "path" is a file or folder of this machine, "location" a folder or a hub id, "json" text or an object,
-    "prompts" one text or a list of them, "aspects" numbers or objects. `aliases`: other names of the option.
-    `choices`: the allowed texts, if they come from a catalog. `spellings`: accepted spelling -> choice. `foreign`:
-    texts that are no choices, but that a rule refuses with a reason of its own.
+    "prompts" one text or a list of them, "aspects" numbers or objects, "secret" a text that is never shown.
+    `aliases`: other names of the option. `choices`: the allowed texts, if they come from a catalog. `spellings`:
+    accepted spelling -> choice. `foreign`: texts that are no choices, but that a rule refuses with a reason of its own.
     `keeps_empty`: "" is a value of its own rather than "not set". `shown_default`: how the reference shows a
     default that is computed.
     """
@@ -101,8 +101,9 @@ class Option:
 
 
 def describe(model: type[Section], section: str) -> tuple[Option, ...]:
-    """Every option that `model` declares, in order."""
-    return tuple(_describe_field(name, section, info) for name, info in model.model_fields.items())
+    """Every option that `model` declares, in order; not those of sections inside it."""
+    own = {name: info for name, info in model.model_fields.items() if not _is_section(info.annotation)}
+    return tuple(_describe_field(name, section, info) for name, info in own.items())
 
 
 def _describe_field(name: str, section: str, info: FieldInfo) -> Option:
@@ -125,6 +126,10 @@ def _describe_field(name: str, section: str, info: FieldInfo) -> Option:
     )
 
 
+def _is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
 def _without_none(annotation: object) -> tuple[object, bool]:
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
@@ -140,7 +145,13 @@ def _kind_of(annotation: object) -> tuple[Kind, tuple[str, ...]]:
         return "text", tuple(str(a) for a in get_args(annotation))
     if get_origin(annotation) in (list, tuple):
         return "list", ()
-    simple: Mapping[object, Kind] = {bool: "flag", int: "integer", float: "number", str: "text"}
+    simple: Mapping[object, Kind] = {
+        bool: "flag",
+        int: "integer",
+        float: "number",
+        str: "text",
+        SecretStr: "text",
+    }
     if isinstance(annotation, tuple):  # a union: text or a list of texts
         return "list", ()
     return simple[annotation], ()

@@ -75,7 +75,9 @@ def build_plan(
     problems += _unreadable_problems(specs, scans)
     for spec in specs:
         place = spec.storage.id
-        if place in scans and (spec.table is None or spec.id in tables):
+        has_table = spec.table is None or spec.id in tables
+        has_texts = not needs_texts(spec.captions) or place in texts
+        if place in scans and has_table and has_texts:
             found = _plan_dataset(
                 spec, scans[place], texts.get(place, {}), tables.get(spec.id, {}), seed=seed, batch_size=batch_size
             )
@@ -88,6 +90,11 @@ def build_plan(
     if problems:
         raise DatasetError(problems)
     return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets))
+
+
+def has_kept_listing(spec: DatasetSpec, cache_dir: Path) -> bool:
+    """Whether the storage of a dataset will not be listed again."""
+    return spec.keeps_listing and kept_listing(spec.storage, cache_dir) is not None
 
 
 def folder_problems(specs: Sequence[DatasetSpec]) -> list[Problem]:
@@ -213,14 +220,12 @@ def _read_texts(
 ) -> dict[str, Mapping[str, bytes]]:
     """The caption files by storage, where they are wanted."""
     texts: dict[str, Mapping[str, bytes]] = {}
-    for spec in specs:
-        place = spec.storage.id
-        if place in scans and needs_texts(spec.captions) and place not in texts:
-            try:
-                texts[place] = read_texts(scans[place], index, max_workers=max_workers)
-            except StorageError as error:
-                texts[place] = {}
-                problems.append(error.problem(spec.id))
+    wanted = {spec.storage.id: spec for spec in reversed(specs) if needs_texts(spec.captions)}
+    for place in (place for place in scans if place in wanted):
+        try:
+            texts[place] = read_texts(scans[place], index, max_workers=max_workers)
+        except StorageError as error:
+            problems.append(error.problem(wanted[place].id))
     return texts
 
 
