@@ -73,7 +73,6 @@ def an_image_dataset(folder: Path, **options: object) -> dict[str, object]:
         "instance_data_dir": str(folder),
         "resolution": 128,
         "caption_strategy": "textfile",
-        "minimum_image_size": 60,
         **options,
     }
 
@@ -115,7 +114,7 @@ def state_of(folder: Path) -> dict[str, tuple[int, int]]:
 def test_a_scan_names_everything_and_writes_nothing_there(
     tmp_path: Path, pets: Path, report: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    datasets = write_config(tmp_path / "project", an_image_dataset(pets))
+    datasets = write_config(tmp_path / "project", an_image_dataset(pets, minimum_image_size=60))
     before = state_of(pets)
     data = report("scan", str(datasets), status=ExitCode.DATASET)
     (found,) = data["datasets"]
@@ -154,7 +153,7 @@ def test_what_a_run_would_do_adds_up(tmp_path: Path, report: Callable[..., Any])
     data = report("scan", str(datasets))
     (found,), run = data["datasets"], data["run"]
     assert found["files"] == found["readable"] == found["used"] == sum(b["images"] for b in found["buckets"]) == 6
-    assert run["batches_per_epoch"] == sum(b["batches"] for b in found["buckets"]) == 9
+    assert run["batches_per_epoch"] == found["batches"] == 9
     assert run["samples_per_epoch"] == 9 * BATCH
     assert run["steps_per_epoch"] == 9 / 2
     assert run["effective_batch_size"] == 2 * BATCH
@@ -167,17 +166,25 @@ def test_a_short_bucket_says_what_to_do_and_that_helps(
 ) -> None:
     folder = captioned(tmp_path / "pets")
     (folder / "5.png").unlink()
-    datasets = write_config(tmp_path / "project", an_image_dataset(folder), train_batch_size=4)
-    (found,) = report("buckets", str(datasets), status=ExitCode.DATASET)["datasets"]
-    short = [bucket for bucket in found["buckets"] if bucket["is_short"]]
-    assert [bucket["images"] for bucket in short] == [1]
-    needed = short[0]["minimum_repeats"]
-    for language in LANGUAGES:
-        assert main(["dataset", "buckets", "--lang", language, str(datasets)]) == ExitCode.DATASET
-        assert text("data_command.buckets.short", language, repeats=needed) in capsys.readouterr().out
-    for repeats, status in ((needed - 1, ExitCode.DATASET), (needed, 0)):
-        datasets = write_config(tmp_path / "project", an_image_dataset(folder, repeats=repeats), train_batch_size=4)
-        report("buckets", str(datasets), status=status)
+
+    def look(status: int, changed: dict[str, object] | None = None, **options: object) -> dict[str, int]:
+        """The buckets that are not as they should be: state -> minimum_repeats."""
+        dataset = an_image_dataset(folder, **(changed or {}))
+        write_config(tmp_path / "project", dataset, train_batch_size=4, **options)
+        (found,) = report("buckets", "project", status=status)["datasets"]
+        odd = [bucket for bucket in found["buckets"] if bucket["state"] != "ok"]
+        for language in LANGUAGES if odd else ():
+            assert main(["dataset", "buckets", "--lang", language, "project"]) == status
+            key = f"data_command.buckets.{odd[0]['state']}"
+            assert text(key, language, repeats=odd[0]["minimum_repeats"]) in capsys.readouterr().out
+        return {bucket["state"]: bucket["minimum_repeats"] for bucket in odd}
+
+    assert look(ExitCode.DATASET) == {"short": 3}  # one image of its shape
+    assert look(ExitCode.DATASET, {"repeats": 2}) == {"short": 3}
+    assert look(0, {"repeats": 3}) == {}
+    assert look(0, {"batch_mixing": "packed"}) == {}
+    assert look(0, allow_dataset_oversubscription=True) == {"filled": 3}
+    assert look(0, {"minimum_image_size": 60}) == {"pruned": 3}
 
 
 def test_a_place_that_is_not_there_does_not_hide_the_others(tmp_path: Path, report: Callable[..., Any]) -> None:

@@ -66,6 +66,7 @@ def _show(words: list[str], language: str) -> int:
     with_origin, words = _take("--origin", words)
     only_changed, words = _take("--changed", words)
     from simpletuner.planner.choose import planned
+    from simpletuner.train.places import storage_of
 
     loaded = planned(_load(words, check_folders=False)).loaded
     if as_json:
@@ -78,7 +79,7 @@ def _show(words: list[str], language: str) -> int:
         print(line)
     print(f"\n# {text('config.datasets', language, file=shown_path(loaded.datasets.path, Path.cwd()))}")
     for dataset in loaded.datasets.images:
-        print(f"{dataset.id}: {dataset.instance_data_dir}")
+        print(f"{dataset.id}: {storage_of(dataset, cache_dir=Path(loaded.config.data.cache_dir)).id}")
     return 0
 
 
@@ -114,7 +115,8 @@ def _check_datasets(loaded: LoadedConfig) -> None:
     from simpletuner.data.plan import folder_problems
     from simpletuner.train.start import dataset_spec
 
-    found = folder_problems([dataset_spec(dataset, loaded.config) for dataset in loaded.datasets.images])
+    embeds = loaded.datasets.text_embeds
+    found = folder_problems([dataset_spec(dataset, loaded.config, embeds) for dataset in loaded.datasets.images])
     if found:
         raise DatasetError([*found, *loaded.warnings])
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +14,12 @@ from simpletuner.cli.command_console import CommandConsole
 from simpletuner.cli.report import print_problems, problems_as_data
 from simpletuner.config.load import LoadedConfig, load_run_config
 from simpletuner.config.search import SUFFIXES
-from simpletuner.events.progress import PhaseProgress, SinkReporter
-from simpletuner.events.types import RunPhase
+from simpletuner.events.progress import SinkReporter
 from simpletuner.i18n import text
 from simpletuner.problems import ExitCode, Problem, Severity, SimpletunerError
 
 if TYPE_CHECKING:
     from simpletuner.train.caching import CacheSummary
-    from simpletuner.train.survey import Looking
 
 ACTIONS = ("scan", "buckets", "captions", "cache")
 
@@ -78,8 +75,7 @@ def _scan(loaded: LoadedConfig, asked: Asked, language: str) -> int:
     from simpletuner.cli.dataset_text import scan_lines
     from simpletuner.train.survey import survey_run
 
-    with _looking(language) as looking:
-        survey = survey_run(loaded, looking)
+    survey = survey_run(loaded, run=_reporter(language))
     if asked.as_json:
         return _print_json(survey_as_data(survey), survey.problems, language)
     return _print_page(scan_lines(survey, language, shows_all=asked.shows_all), survey.problems, language)
@@ -90,8 +86,7 @@ def _buckets(loaded: LoadedConfig, asked: Asked, language: str) -> int:
     from simpletuner.cli.dataset_text import bucket_lines
     from simpletuner.train.survey import survey_run
 
-    with _looking(language) as looking:
-        survey = survey_run(loaded, looking, with_duplicates=False)
+    survey = survey_run(loaded, run=_reporter(language), with_duplicates=False)
     if asked.as_json:
         return _print_json(buckets_as_data(survey), survey.problems, language)
     return _print_page(bucket_lines(survey, language, shows_all=asked.shows_all), survey.problems, language)
@@ -102,15 +97,14 @@ def _captions(loaded: LoadedConfig, asked: Asked, language: str) -> int:
     from simpletuner.cli.dataset_text import caption_lines
     from simpletuner.train.survey import survey_run_captions
 
-    with _looking(language) as looking:
-        report = survey_run_captions(loaded, looking)
+    report = survey_run_captions(loaded, run=_reporter(language))
     if asked.as_json:
         return _print_json(captions_as_data(report), report.problems, language)
     return _print_page(caption_lines(report, language, shows_all=asked.shows_all), report.problems, language)
 
 
 def _cache(loaded: LoadedConfig, asked: Asked, language: str) -> int:
-    reporter = SinkReporter([CommandConsole(language, sys.stderr)])
+    reporter = _reporter(language)
     with reporter.phase("environment"):
         from simpletuner.train.caching import fill_caches
 
@@ -130,45 +124,9 @@ def print_cached(summary: CacheSummary, language: str, *, as_json: bool) -> None
         print("\n".join(cached_lines(summary, language)))
 
 
-@contextmanager
-def _looking(language: str) -> Iterator[Looking]:
-    """Progress on standard error, a phase for headers and one for contents."""
-    from simpletuner.train.survey import Looking
-
-    reporter = SinkReporter([CommandConsole(language, sys.stderr)])
-    with _Phases(reporter) as phases:
-        yield Looking(images=phases.of("scan"), contents=phases.of("contents"))
-
-
-class _Phases:
-    """Phases that begin when they first tell something, and end when the next one does."""
-
-    def __init__(self, reporter: SinkReporter) -> None:
-        self._reporter = reporter
-        self._open: tuple[str, PhaseProgress] | None = None
-
-    def __enter__(self) -> _Phases:
-        return self
-
-    def __exit__(self, kind: object, _value: object, _traceback: object) -> None:
-        if kind is None:
-            self._finish()
-
-    def of(self, key: str) -> Callable[[int, int], None]:
-        """What tells how far the phase `key` is."""
-
-        def update(done: int, total: int) -> None:
-            if self._open is None or self._open[0] != key:
-                self._finish()
-                self._open = key, PhaseProgress(self._reporter.emit, RunPhase(key=key, unit="images"))
-            self._open[1].update(done, total=total)
-
-        return update
-
-    def _finish(self) -> None:
-        if self._open is not None:
-            self._open[1].finish()
-            self._open = None
+def _reporter(language: str) -> SinkReporter:
+    """Progress on standard error."""
+    return SinkReporter([CommandConsole(language, sys.stderr)])
 
 
 def _print_json(data: dict[str, object], problems: Sequence[Problem], language: str) -> int:

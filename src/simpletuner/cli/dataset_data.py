@@ -33,6 +33,8 @@ def buckets_as_data(survey: Survey) -> dict[str, object]:
                 "id": dataset.id,
                 "repeats": dataset.repeats,
                 "batch_size": dataset.batch_size,
+                "batch_mixing": dataset.batch_mixing,
+                "batches": dataset.num_batches,
                 "buckets": [_bucket(bucket) for bucket in dataset.buckets],
                 "dropped": _dropped(dataset),
             }
@@ -83,6 +85,8 @@ def _dataset(dataset: DatasetSurvey) -> dict[str, object]:
         "bad_captions": _bad_captions(dataset.bad_captions),
         "repeats": dataset.repeats,
         "batch_size": dataset.batch_size,
+        "batch_mixing": dataset.batch_mixing,
+        "batches": dataset.num_batches,
         "buckets": [_bucket(bucket) for bucket in dataset.buckets],
     }
 
@@ -92,8 +96,7 @@ def _bucket(bucket: BucketSurvey) -> dict[str, object]:
         "size": _size(bucket.size),
         "images": bucket.num_images,
         "samples": bucket.num_samples,
-        "batches": bucket.num_batches,
-        "is_short": bucket.is_short,
+        "state": bucket.state.value,
         "minimum_repeats": bucket.minimum_repeats,
     }
 

@@ -12,7 +12,7 @@ from simpletuner.config.paths import shown_path
 from simpletuner.data.caption_survey import CaptionSurvey
 from simpletuner.data.captions import BadCaption, CaptionFault
 from simpletuner.data.records import DropReason
-from simpletuner.data.survey import BucketSurvey, DatasetSurvey
+from simpletuner.data.survey import BucketState, BucketSurvey, DatasetSurvey
 from simpletuner.events import formats
 from simpletuner.events.text import plural
 from simpletuner.i18n import text
@@ -88,6 +88,7 @@ def bucket_lines(survey: Survey, language: str, *, shows_all: bool) -> Iterator[
             id=dataset.id,
             buckets=plural("buckets", len(dataset.buckets), language),
             images=plural("images", dataset.num_used, language),
+            batches=dataset.num_batches,
             batch=dataset.batch_size,
             repeats=dataset.repeats,
         )
@@ -146,7 +147,7 @@ def _scanned(dataset: DatasetSurvey, page: _Page) -> Iterator[str]:
         buckets=plural("buckets", len(dataset.buckets), language),
         passes=dataset.repeats + 1,
         samples=sum(bucket.num_samples for bucket in dataset.buckets),
-        batches=sum(bucket.num_batches for bucket in dataset.buckets),
+        batches=dataset.num_batches,
         batch=dataset.batch_size,
     )
     yield page.row("used", used)
@@ -185,9 +186,9 @@ def _bucket(bucket: BucketSurvey, most: int, page: _Page) -> str:
     size = f"{bucket.size[0]}x{bucket.size[1]}"
     images = plural("images", bucket.num_images, page.language)
     line = f"  {size:>{_SIZE_CELLS}}  {page.bar(bucket.num_images, most)} {images}"
-    if bucket.is_short:
-        return f"{line}  {page.say('buckets.short', repeats=bucket.minimum_repeats)}"
-    return f"{line}, {page.say('buckets.batches', n=bucket.num_batches)}"
+    if bucket.state is BucketState.OK:
+        return line
+    return f"{line}  {page.say(f'buckets.{bucket.state.value}', repeats=bucket.minimum_repeats)}"
 
 
 def _outlook(run: RunOutlook | None, page: _Page) -> str:

@@ -76,7 +76,7 @@ def survey_captions(
     return tuple(
         _survey(spec, found, seed=seed, count_tokens=count_tokens, max_tokens=max_tokens)
         for spec in specs
-        if spec.storage.id in found.scans and not lacks_instance_prompt(spec.captions)
+        if found.has(spec) and not lacks_instance_prompt(spec.captions)
     )
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
+from simpletuner.data.batching import TooFew, groups, minimum_repeats, num_batches, settle
 from simpletuner.data.captions import BadCaption, lacks_instance_prompt
 from simpletuner.data.discovery import Progress, Scan, learn_contents
 from simpletuner.data.image_index import open_index
-from simpletuner.data.plan import FoundImages, SortedImages, minimum_repeats, sort_images
-from simpletuner.data.records import Bucket, Dropped, Size
-from simpletuner.data.spec import DatasetSpec
+from simpletuner.data.plan import FoundImages, SortedImages, sort_images
+from simpletuner.data.records import Bucket, Dropped, DropReason, Size
+from simpletuner.data.spec import BatchMixing, DatasetSpec
 from simpletuner.data.storage import FileInfo, OtherFiles, Storage, Unreadable
 
 _MEGAPIXEL_STEPS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -28,6 +30,18 @@ class SizeClass:
     num_images: int
 
 
+class BucketState(str, Enum):
+    """Whether a bucket fills a batch, and what becomes of it if it cannot."""
+
+    OK = "ok"
+    SHORT = "short"
+    """It keeps a run from starting."""
+    FILLED = "filled"
+    """Its images are shown more often than `repeats` says."""
+    PRUNED = "pruned"
+    """Its images are left out."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BucketSurvey:
     """One bucket of a dataset."""
@@ -36,11 +50,9 @@ class BucketSurvey:
     num_images: int
     num_samples: int
     """With repeats, per round of the dataset."""
-    num_batches: int
+    state: BucketState
     minimum_repeats: int
-    """The smallest `repeats` with which it fills a batch."""
-    is_short: bool
-    """It cannot fill a batch with the repeats that it has."""
+    """The smallest `repeats` with which its images (of a packed dataset: all its images) fill a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +79,15 @@ class DatasetSurvey:
     lacks_instance_prompt: bool
     repeats: int
     batch_size: int
+    batch_mixing: BatchMixing
+    num_batches: int
+    """Per round of the dataset."""
     buckets: tuple[BucketSurvey, ...]
 
     @property
     def num_used(self) -> int:
-        """Images in buckets, each counted once."""
-        return sum(bucket.num_images for bucket in self.buckets)
+        """Images in buckets that are in use, each counted once."""
+        return sum(bucket.num_images for bucket in self.buckets if bucket.state is not BucketState.PRUNED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +104,7 @@ def survey_datasets(
     return tuple(
         _survey(spec, found.scans[spec.storage.id], sort_images(spec, found, seed=seed), batch_size)
         for spec in specs
-        if spec.storage.id in found.scans
+        if found.has(spec)
     )
 
 
@@ -137,6 +152,15 @@ def _report(on_progress: Progress, before: int, total: int, done: int, _total_of
 def _survey(spec: DatasetSpec, scan: Scan, in_order: SortedImages, batch_size: int) -> DatasetSurvey:
     sizes = sorted((record.size for record in scan.records), key=_area)
     batch_size = spec.train_batch_size or batch_size
+    buckets = _survey_buckets(in_order.buckets, spec, batch_size)
+    pruned = {bucket.size for bucket in buckets if bucket.state is BucketState.PRUNED}
+    used = [bucket for bucket in in_order.buckets if bucket.size not in pruned]
+    too_few = [
+        Dropped(key=sample.record.key, reason=DropReason.SHORT_BUCKET)
+        for bucket in in_order.buckets
+        if bucket.size in pruned
+        for sample in bucket.samples
+    ]
     return DatasetSurvey(
         id=spec.id,
         place=scan.storage.id,
@@ -149,25 +173,38 @@ def _survey(spec: DatasetSpec, scan: Scan, in_order: SortedImages, batch_size: i
         traits=dict(sorted(Counter(trait for record in scan.records for trait in record.traits.split()).items())),
         others=scan.listing.others,
         unreadable=scan.unreadable,
-        dropped=in_order.dropped,
+        dropped=(*in_order.dropped, *too_few),
         bad_captions=in_order.bad_captions,
         lacks_instance_prompt=lacks_instance_prompt(spec.captions),
         repeats=spec.repeats,
         batch_size=batch_size,
-        buckets=tuple(_survey_bucket(bucket, spec.repeats, batch_size) for bucket in in_order.buckets),
+        batch_mixing=spec.batch_mixing,
+        num_batches=sum(num_batches(len(g), spec.repeats, batch_size) for g in groups(used, spec.batch_mixing)),
+        buckets=buckets,
     )
 
 
-def _survey_bucket(bucket: Bucket, repeats: int, batch_size: int) -> BucketSurvey:
-    num_images = len(bucket.samples)
-    num_samples = num_images * (repeats + 1)
-    return BucketSurvey(
-        size=bucket.size,
-        num_images=num_images,
-        num_samples=num_samples,
-        num_batches=-(-num_samples // batch_size),
-        minimum_repeats=max(minimum_repeats(num_images, batch_size), 0),
-        is_short=num_samples < batch_size,
+def _survey_buckets(buckets: Sequence[Bucket], spec: DatasetSpec, batch_size: int) -> tuple[BucketSurvey, ...]:
+    if not buckets:
+        return ()
+    settled = settle(buckets, spec, batch_size)
+    if isinstance(settled, TooFew):
+        states = {bucket.size: BucketState.SHORT for bucket in settled.short}
+    else:
+        states = {bucket.size: BucketState.FILLED for bucket in settled.filled}
+        states |= {bucket.size: BucketState.PRUNED for bucket in settled.pruned}
+    num_all = sum(len(bucket.samples) for bucket in buckets)
+    return tuple(
+        BucketSurvey(
+            size=bucket.size,
+            num_images=len(bucket.samples),
+            num_samples=len(bucket.samples) * (spec.repeats + 1),
+            state=states.get(bucket.size, BucketState.OK),
+            minimum_repeats=max(
+                minimum_repeats(num_all if spec.batch_mixing == "packed" else len(bucket.samples), batch_size), 0
+            ),
+        )
+        for bucket in buckets
     )
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.caption_survey import CaptionSurvey, survey_captions
-from simpletuner.data.discovery import Progress
 from simpletuner.data.plan import FoundImages, find_images, make_plan, plan_datasets, unreadable_warnings
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import DatasetSpec
 from simpletuner.data.survey import DatasetSurvey, SameContent, find_duplicates, survey_datasets
+from simpletuner.events.progress import Reporter
 from simpletuner.models.z_image.tokens import find_tokenizer, token_counter
-from simpletuner.problems import ConfigError, Problem
-from simpletuner.train.start import dataset_spec, make_sampler, total_updates
+from simpletuner.problems import ConfigError, DatasetError, Problem
+from simpletuner.train.start import dataset_spec, fetch_images, idle_warnings, make_sampler, total_updates
 
 _SEED_WHERE_RANDOM = 42
 
@@ -55,49 +55,48 @@ class CaptionReport:
     problems: tuple[Problem, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Looking:
-    """How far the looking is: callables that take (done, total)."""
-
-    images: Progress
-    contents: Progress
-
-
-def survey_run(loaded: LoadedConfig, looking: Looking, *, with_duplicates: bool = True) -> Survey:
+def survey_run(loaded: LoadedConfig, *, run: Reporter, with_duplicates: bool = True) -> Survey:
     """Scan the datasets of `loaded`; nothing is written but what the index remembers.
 
     Raises: SimpletunerError: the cache directory cannot be written.
     """
-    specs, found = _find(loaded, looking.images)
+    specs, found = _find(loaded, run)
     config, seed = loaded.config, _seed(loaded)
     batch_size = config.optimizer.train_batch_size
     plans, problems = plan_datasets(specs, found, seed=seed, batch_size=batch_size)
-    run = None
+    outlook = None
     if not problems:
-        plan = make_plan(plans)
+        plan = make_plan(plans, config.data.data_backend_sampling)
         problems = unreadable_warnings(plan)
         try:
-            run = _outlook(config, make_sampler(config, plan))
+            sampler = make_sampler(config, plan)
+            outlook = _outlook(config, sampler)
+            problems += idle_warnings(config, sampler, outlook.total_steps)
         except ConfigError as error:
             problems += error.problems
-    cache_dir, max_workers = Path(config.data.cache_dir), config.data.max_workers
     duplicates: tuple[SameContent, ...] = ()
     if with_duplicates:
-        duplicates = find_duplicates(found, cache_dir=cache_dir, on_progress=looking.contents, max_workers=max_workers)
+        with run.phase("contents", unit="images") as progress:
+            duplicates = find_duplicates(
+                found,
+                cache_dir=Path(config.data.cache_dir),
+                on_progress=lambda done, total: progress.update(done, total=total),
+                max_workers=config.data.max_workers,
+            )
     return Survey(
         datasets=survey_datasets(specs, found, seed=seed, batch_size=batch_size),
         duplicates=duplicates,
-        run=run,
+        run=outlook,
         problems=tuple(problems),
     )
 
 
-def survey_run_captions(loaded: LoadedConfig, looking: Looking) -> CaptionReport:
+def survey_run_captions(loaded: LoadedConfig, *, run: Reporter) -> CaptionReport:
     """Read the captions of the datasets of `loaded`; their tokens are counted if the tokenizer is on this machine.
 
     Raises: SimpletunerError: the cache directory cannot be written.
     """
-    specs, found = _find(loaded, looking.images)
+    specs, found = _find(loaded, run)
     config, seed = loaded.config, _seed(loaded)
     tokenizer = find_tokenizer(
         config.model.pretrained_model_name_or_path,
@@ -119,13 +118,28 @@ def survey_run_captions(loaded: LoadedConfig, looking: Looking) -> CaptionReport
     )
 
 
-def _find(loaded: LoadedConfig, on_progress: Progress) -> tuple[list[DatasetSpec], FoundImages]:
-    config = loaded.config
-    specs = [dataset_spec(dataset, config) for dataset in loaded.datasets.images]
-    found = find_images(
-        specs, cache_dir=Path(config.data.cache_dir), on_progress=on_progress, max_workers=config.data.max_workers
-    )
-    return specs, found
+def _find(loaded: LoadedConfig, run: Reporter) -> tuple[list[DatasetSpec], FoundImages]:
+    """The datasets, and what is found of them; a place that cannot be reached does not hide the others."""
+    config, datasets = loaded.config, loaded.datasets
+    cache_dir = Path(config.data.cache_dir)
+    specs: list[DatasetSpec] = []
+    problems: list[Problem] = []
+    for dataset in datasets.images:
+        spec = dataset_spec(dataset, config, datasets.text_embeds)
+        try:
+            fetch_images([spec], cache_dir, run)
+        except DatasetError as error:
+            problems += error.problems
+        else:
+            specs.append(spec)
+    with run.phase("scan", unit="images") as progress:
+        found = find_images(
+            specs,
+            cache_dir=cache_dir,
+            on_progress=lambda done, total: progress.update(done, total=total),
+            max_workers=config.data.max_workers,
+        )
+    return specs, replace(found, problems=(*problems, *found.problems))
 
 
 def _seed(loaded: LoadedConfig) -> int:
@@ -137,7 +151,7 @@ def _seed(loaded: LoadedConfig) -> int:
 def _outlook(config: Config, sampler: Sampler) -> RunOutlook:
     accumulation = config.optimizer.gradient_accumulation_steps
     steps_per_epoch = sampler.batches_per_epoch / accumulation
-    total_steps = total_updates(config, sampler.batches_per_epoch)
+    total_steps = total_updates(config, sampler)
     return RunOutlook(
         samples_per_epoch=sampler.samples_per_epoch,
         batches_per_epoch=sampler.batches_per_epoch,
