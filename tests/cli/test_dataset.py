@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -289,3 +290,25 @@ def test_the_help_teaches_and_a_wrong_action_is_told(capsys: pytest.CaptureFixtu
         assert all(word in page for word in ("scan", "buckets", "captions", "cache", "--json", "--cache-only"))
     assert main(["dataset", "scam"]) == ExitCode.USAGE
     assert "scan, buckets, captions, cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["DATASETS.md", "DATASETS.es.md"])
+def test_the_keys_of_the_data_are_those_that_the_guide_lists(
+    page: str, tmp_path: Path, report: Callable[..., Any]
+) -> None:
+    words = (Path(__file__).parents[2] / "docs" / page).read_text(encoding="utf-8").split("--json")[-2]
+    rows = re.findall(r"^\| (.+?) \| (`.+?) \|$", words, flags=re.MULTILINE)
+    listed = [(re.findall(r"`(\w+)`", name)[0], re.findall(r"`(\w+)`", keys)) for name, keys in rows]
+    datasets = write_config(tmp_path / "project", an_image_dataset(captioned(tmp_path / "pets")))
+    scan, buckets, captions = (report(action, str(datasets)) for action in ("scan", "buckets", "captions"))
+    assert listed[:-1] == [
+        ("scan", list(scan)),
+        ("datasets", list(scan["datasets"][0])),
+        ("run", list(scan["run"])),
+        ("buckets", list(buckets)),
+        ("datasets", list(buckets["datasets"][0])),
+        ("buckets", list(buckets["datasets"][0]["buckets"][0])),
+        ("captions", list(captions)),
+        ("datasets", list(captions["datasets"][0])),
+    ]
+    assert listed[-1][0] == "cache"  # tests/e2e/test_caching.py

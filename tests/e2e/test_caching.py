@@ -33,6 +33,7 @@ def made(capsys: pytest.CaptureFixture[str]) -> Made:
         capsys.readouterr()
         assert main(["dataset", "cache", "--json", *words]) == 0
         summary = json.loads(capsys.readouterr().out)
+        assert list(summary) == ["latents", "prompts", "unreadable", "left_to_training"]
         return summary["latents"]["made"], summary["prompts"]["made"]
 
     return fill
