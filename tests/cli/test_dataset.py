@@ -100,6 +100,7 @@ def pets(tmp_path: Path) -> Path:
     (folder / "broken.jpg").write_bytes((folder / "inks.jpg").read_bytes()[:900])
     (folder / "empty.png").write_bytes(b"")
     (folder / "film.mp4").write_bytes(b"film")
+    (folder / "phone.heic").write_bytes(b"phone")
     for name in ("inks", "turned", "glass", "copy"):
         (folder / f"{name}.txt").write_text(f"a pet: {name}")
     (folder / "glass.txt").write_text(" \n")
@@ -132,7 +133,7 @@ def test_a_scan_names_everything_and_writes_nothing_there(
     }
     assert found["traits"] == {"alpha": 1, "cmyk": 1, "rotated": 1}
     assert (found["smallest"], found["largest"]) == ([32, 32], [128, 128])
-    assert found["other_files"] == {".txt": 9, ".mp4": 1}
+    assert found["other_files"] == {".txt": 9, ".mp4": 1, ".heic": 1}
     assert sum(step["images"] for step in found["megapixels"]) == 11
     assert data["duplicates"] == [[str(pets / "0.png"), str(pets / "copy.png")]]
     assert data["run"] is None
@@ -144,6 +145,7 @@ def test_a_scan_names_everything_and_writes_nothing_there(
         assert all(name in told.out for name in ("broken.jpg", "empty.png", "small.png", "inks.txt", ".mp4", "CMYK"))
         assert text("data_command.duplicates", language, n=1) in told.out
         assert text("data_command.run.none", language) in told.out
+        assert text("data_command.others.convert", language, extensions=".heic") in told.out
         assert "E-CAPTION-MISSING" in told.err
         assert "data_command." not in told.out
     assert state_of(pets) == before

@@ -25,6 +25,10 @@ _NAMES_SHOWN = 5
 _WORDS_SHOWN = 12
 _QUOTE_LETTERS = 100
 _BAR_CELLS = 30
+_OTHER_PICTURES = frozenset(
+    (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".exr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
+)
+"""Endings of pictures that are not read, but could be converted."""
 _SIZE_CELLS = 11
 
 
@@ -165,6 +169,9 @@ def _scanned(dataset: DatasetSurvey, page: _Page) -> Iterator[str]:
     if dataset.others:
         told = (f"{other.count} {other.extension or page.say('no_extension')}" for other in dataset.others)
         yield page.row("others", ", ".join(told))
+        pictures = [other.extension for other in dataset.others if other.extension in _OTHER_PICTURES]
+        if pictures:
+            yield page.row("others", page.say("others.convert", extensions=", ".join(pictures)))
     most = max((size.num_images for size in dataset.sizes), default=0)
     for size in dataset.sizes:
         if size.num_images:

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from simpletuner.data.batching import TooFew, groups, minimum_repeats, num_batches, settle
 from simpletuner.data.captions import BadCaption, lacks_instance_prompt
-from simpletuner.data.discovery import Progress, Scan, learn_contents
+from simpletuner.data.discovery import Progress, Scan, learn_contents, read_each
+from simpletuner.data.hashing import content_hash
 from simpletuner.data.image_index import open_index
 from simpletuner.data.plan import FoundImages, SortedImages, sort_images
 from simpletuner.data.records import Bucket, Dropped, DropReason, Size
 from simpletuner.data.spec import BatchMixing, DatasetSpec
 from simpletuner.data.storage import FileInfo, OtherFiles, Storage, Unreadable
 
+_PIECE_BYTES = 4096
 _MEGAPIXEL_STEPS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
@@ -111,38 +113,51 @@ def survey_datasets(
 def find_duplicates(
     found: FoundImages, *, cache_dir: Path, on_progress: Progress, max_workers: int | None = None
 ) -> tuple[SameContent, ...]:
-    """Images of all places that are the same file again. Only files of equal length are read, and only once.
+    """Images on this machine that are the same file again; remote places are left alone, for it would mean reading.
+
+    Files are compared by length, then by a piece from their middle; only those that agree in both are read in full.
 
     `on_progress` is called with (contents known, contents wanted).
     """
-    by_length: dict[int, list[tuple[Storage, FileInfo]]] = defaultdict(list)
-    for scan in found.scans.values():
-        for record in scan.records:
-            by_length[record.file.size_bytes].append((scan.storage, record.file))
-    wanted: dict[str, list[FileInfo]] = defaultdict(list)
-    for files in by_length.values():
-        if len(files) > 1:
-            for storage, file in files:
-                wanted[storage.id].append(file)
-    total = sum(map(len, wanted.values()))
+    local = [scan for scan in found.scans.values() if not scan.storage.is_remote]
+    wanted = _alike([(scan.storage, [record.file for record in scan.records]) for scan in local], max_workers)
+    total = sum(len(files) for _, files in wanted)
     by_content: dict[str, list[str]] = defaultdict(list)
     done = 0
     on_progress(done, total)
     with open_index(cache_dir) as index:
-        for name, of_storage in wanted.items():
-            storage = found.scans[name].storage
+        for storage, files in wanted:
             contents, _ = learn_contents(
-                storage,
-                sorted(of_storage, key=lambda file: file.key),
-                index,
-                on_progress=partial(_report, on_progress, done, total),
-                max_workers=max_workers,
+                storage, files, index, on_progress=partial(_report, on_progress, done, total), max_workers=max_workers
             )
-            done += len(of_storage)
+            done += len(files)
             for key, content in contents.items():
                 by_content[content].append(storage.shown(key))
     groups = (SameContent(files=tuple(sorted(files))) for files in by_content.values() if len(files) > 1)
     return tuple(sorted(groups, key=lambda group: group.files))
+
+
+_Places = list[tuple[Storage, list[FileInfo]]]
+
+
+def _alike(places: _Places, max_workers: int | None) -> _Places:
+    """The files that have their length and a piece in common with another one."""
+    lengths = Counter(file.size_bytes for _, files in places for file in files)
+    pieces: dict[tuple[str, str], tuple[int, str]] = {}
+    for storage, files in places:
+        candidates = [file for file in files if lengths[file.size_bytes] > 1]
+        for file, piece, _ in read_each(storage, candidates, _middle, max_workers, is_light=True):
+            if isinstance(piece, bytes):
+                pieces[storage.id, file.key] = file.size_bytes, content_hash(piece)
+    counts = Counter(pieces.values())
+    twins = {place for place, piece in pieces.items() if counts[piece] > 1}
+    return [(storage, [file for file in files if (storage.id, file.key) in twins]) for storage, files in places]
+
+
+def _middle(storage: Storage, file: FileInfo) -> bytes:
+    with storage.open(file) as stream:
+        stream.seek(file.size_bytes // 2)
+        return stream.read(_PIECE_BYTES)
 
 
 def _report(on_progress: Progress, before: int, total: int, done: int, _total_of_place: int) -> None:

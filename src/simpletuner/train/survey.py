@@ -47,7 +47,10 @@ class Survey:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionReport:
-    """A report of all captions. `counts_tokens`: the tokenizer of the model is on this machine."""
+    """A report of all captions. `counts_tokens`: the tokenizer of the model is on this machine.
+
+    `problems`: of what a run would refuse, the part that is about captions or about places that cannot be reached.
+    """
 
     datasets: tuple[CaptionSurvey, ...]
     max_tokens: int
@@ -104,6 +107,7 @@ def survey_run_captions(loaded: LoadedConfig, *, run: Reporter) -> CaptionReport
         companion=FLAVOURS[config.model.model_flavour].repository,
     )
     _, problems = plan_datasets(specs, found, seed=seed, batch_size=config.optimizer.train_batch_size)
+    about_captions = [p for p in problems if p in found.problems or p.code.startswith("E-CAPTION-")]
     return CaptionReport(
         datasets=survey_captions(
             specs,
@@ -114,7 +118,7 @@ def survey_run_captions(loaded: LoadedConfig, *, run: Reporter) -> CaptionReport
         ),
         max_tokens=config.model.tokenizer_max_length,
         counts_tokens=tokenizer is not None,
-        problems=tuple(problems),
+        problems=tuple(about_captions),
     )
 
 
