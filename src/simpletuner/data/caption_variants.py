@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from simpletuner.catalog.caption_filters import filtered, parse_filter
-from simpletuner.data.hashing import draw
+from simpletuner.data.hashing import draw_many
 from simpletuner.data.spec import ShuffleSpec
 
 _JOINTS = {"comma": (",", ", "), "space": (None, " "), "period": (".", ". ")}
@@ -41,7 +41,7 @@ def variants(caption: str, spec: ShuffleSpec) -> tuple[str, ...]:
     for attempt in range(spec.count * _DRAWS_PER_VARIANT):
         if len(found) == spec.count:
             break
-        keys = [draw(spec.seed, "tags", caption, attempt, place) for place in range(len(free))]
+        keys = draw_many(len(free), spec.seed, "tags", caption, attempt)
         moved = tuple(free[place] for place in sorted(range(len(free)), key=keys.__getitem__))
         if moved != tuple(free):
             found[moved] = None
