@@ -113,7 +113,7 @@ DATASETS = {
     "E-DATASET-OBJECT": ([1], ["1"]),
     "E-DATASET-ID-TWICE": ([BASIC, BASIC], ["a", "config/multidatabackend.json:3"]),
     "E-DATASET-KEY-MISSING": ([{"id": "a"}], ["a", "instance_data_dir"]),
-    "E-DATASET-STORAGE": ([{**BASIC, "type": "aws"}], ["a", "aws"]),
+    "E-DATASET-STORAGE": ([{**BASIC, "type": "webshart"}], ["a", "webshart", "local, aws, csv, huggingface"]),
     "E-DATASET-KIND": ([{**BASIC, "dataset_type": "video"}], ["a", "video"]),
     "E-DATASET-NOT-YET": ([{**BASIC, "slider_strength": 0.5}], ["a", "slider_strength"]),
     "W-DATASET-NOT-YET": ([{**BASIC, "compress_cache": True}], ["a", "compress_cache"]),

@@ -59,9 +59,8 @@ _OTHER_FLAGS = """
     i_know_what_i_am_doing seed_for_each_device=true trust_remote_code
     delete_model_after_load strict_epoch_limit ignore_final_epochs validation_prompt_library validation_preview
     validation_randomize validation_disable_unconditional=true validation_using_datasets eval_loss_disable
-    enable_watermark
-    vae_cache_preprocess=true text_cache_ondemand text_cache_disable
-    compress_disk_cache preserve_data_backend_cache aspect_bucket_disable_rebuild ignore_missing_files
+    enable_watermark vae_cache_preprocess=true text_cache_ondemand text_cache_disable
+    compress_disk_cache aspect_bucket_disable_rebuild ignore_missing_files
     delete_problematic_images delete_unwanted_images print_filenames print_sampler_statistics debug_aspect_buckets
     debug_dataset_loader push_checkpoints_to_hub push_to_hub_background model_card_private
     model_card_safe_for_work checkpointing_use_tempdir delete_invalid_checkpoints same_network
@@ -117,12 +116,10 @@ UPSTREAM: Mapping[str, UpstreamOption] = MappingProxyType(
 
 _DATASET_RESULT = """
     slider_strength conditioning_data conditioning conditioning_type source_dataset_id image_embeds mask_type
+    huggingface.composite_image_config huggingface.filter_func
 """
 _DATASET_OTHER = """
-    compress_cache preserve_data_backend_cache metadata_update_interval
-    parquet csv_file csv_caption_column csv_url_column csv_cache_dir aws_bucket_name
-    aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_session_token
-    aws_max_pool_connections aws_data_prefix dataset_name split revision image_column caption_column huggingface
+    compress_cache metadata_update_interval
     delete_unwanted_images delete_problematic_images delete_nsfw_images disable_validation hash_filenames
     ignore_epochs text_encoder_batch_size text_cache_ondemand text_cache_disable memory_filesystem_path
     memory_filesystem_size memory_filesystem_sudo video audio num_frames

@@ -66,6 +66,7 @@ def _show(words: list[str], language: str) -> int:
     with_origin, words = _take("--origin", words)
     only_changed, words = _take("--changed", words)
     from simpletuner.planner.choose import planned
+    from simpletuner.train.places import storage_of
 
     loaded = planned(_load(words, check_folders=False)).loaded
     if as_json:
@@ -78,7 +79,7 @@ def _show(words: list[str], language: str) -> int:
         print(line)
     print(f"\n# {text('config.datasets', language, file=shown_path(loaded.datasets.path, Path.cwd()))}")
     for dataset in loaded.datasets.images:
-        print(f"{dataset.id}: {dataset.instance_data_dir}")
+        print(f"{dataset.id}: {storage_of(dataset, cache_dir=Path(loaded.config.data.cache_dir)).id}")
     return 0
 
 

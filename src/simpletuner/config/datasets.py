@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from simpletuner.config.dataset_storages import StorageKeys, storage_options
 from simpletuner.config.fields import Opt, Option, Section, describe
 from simpletuner.config.sections.data import (
     CAPTION_SPELLINGS,
@@ -21,6 +22,10 @@ from simpletuner.config.sections.data import (
     UnreadableImages,
 )
 
+MetadataBackend = Literal["discovery", "parquet", "huggingface"]
+
+_STORAGE_SPELLINGS = (("s3", "aws"), ("hf", "huggingface"))
+_METADATA_SPELLINGS = (("json", "discovery"),)
 _CENTER = (("centre", "center"), ("centered", "center"))
 
 
@@ -73,8 +78,9 @@ class ImageDataset(Section):
     id: Annotated[str, Opt(level="basic")]
     """Unique name of the dataset."""
 
-    type: Annotated[Literal["local"], Opt()] = "local"
-    """Where the images are. This version reads local folders."""
+    type: Annotated[Literal["local", "aws", "csv", "huggingface"], Opt(spellings=_STORAGE_SPELLINGS)] = "local"
+    """Where the images are: in a folder, in a bucket of an S3-compatible server, at the URLs of a CSV file, or in the
+    rows of a Hugging Face dataset."""
 
     dataset_type: Annotated[Literal["image"], Opt()] = "image"
     """What the entry is: image, or text_embeds for the cache of prompt embeddings."""
@@ -82,8 +88,8 @@ class ImageDataset(Section):
     disabled: Annotated[bool, Opt(aliases=("disable",))] = False
     """Leave the dataset out."""
 
-    instance_data_dir: Annotated[str, Opt(level="basic", holds="path")]
-    """Folder of the images; its subfolders are read too."""
+    instance_data_dir: Annotated[str, Opt(level="basic", holds="path", shown_default="required with type local")] = ""
+    """With type local: folder of the images; its subfolders are read too."""
 
     resolution: Annotated[float, Gt(0), Opt(level="basic")] = 1024
     """Training resolution, in the unit of resolution_type."""
@@ -124,7 +130,8 @@ class ImageDataset(Section):
     """With crop_aspect closest or random: leave out shapes that need more enlargement than 1 plus this."""
 
     caption_strategy: Annotated[CaptionStrategy, Opt(level="basic", spellings=CAPTION_SPELLINGS)] = "filename"
-    """Where captions come from: the file name, a .txt file beside the image, or instance_prompt."""
+    """Where captions come from: the file name, a .txt file beside the image, instance_prompt, or a table: a parquet or
+    CSV file, or the rows of a Hugging Face dataset."""
 
     instance_prompt: Annotated[tuple[str, ...], Opt(level="basic", holds="prompts")] = ()
     """The caption of every image with caption_strategy instanceprompt. Of a list, one is drawn per visit."""
@@ -201,11 +208,16 @@ class ImageDataset(Section):
     text_embeds: Annotated[str | None, Opt(level="expert")] = None
     """Id of the text_embeds entry that caches the captions."""
 
-    metadata_backend: Annotated[Literal["discovery"], Opt(spellings=(("json", "discovery"),))] = "discovery"
-    """How sizes and captions are found: by looking at the files."""
+    metadata_backend: Annotated[MetadataBackend, Opt(spellings=_METADATA_SPELLINGS)] = "discovery"
+    """How sizes are found: by looking at the files, in a parquet file, or, with type huggingface, in the rows."""
+
+    preserve_data_backend_cache: Annotated[bool, Opt()] = False
+    """List the files once and keep that listing. Later starts do not look for new or changed files."""
 
     skip_file_discovery: Annotated[str | None, Opt()] = None
     """Accepted for compatibility: only what has changed is looked at anyway."""
+
+    storage: StorageKeys = StorageKeys()
 
 
 def encodes_while_training(dataset: ImageDataset) -> bool:
@@ -264,4 +276,5 @@ class DatasetsConfig:
 def dataset_options(kind: Literal["image", "text_embeds"]) -> Mapping[str, Option]:
     """Key -> its declaration, for the entries of one kind."""
     model = ImageDataset if kind == "image" else TextEmbeds
-    return MappingProxyType({option.name: option for option in describe(model, kind)})
+    options = {option.name: option for option in describe(model, kind)}
+    return MappingProxyType({**options, **storage_options()} if kind == "image" else options)

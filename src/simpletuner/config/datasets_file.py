@@ -13,13 +13,15 @@ from simpletuner.config.build import build_section, convert_setting
 from simpletuner.config.caption_filters import KEY as FILTERS_KEY
 from simpletuner.config.caption_filters import bad_filters, read_filters
 from simpletuner.config.dataset_rules import broken_dataset_rules
+from simpletuner.config.dataset_storages import StorageKeys, build_storage_keys, flattened
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset, TextEmbeds, dataset_options
 from simpletuner.config.fields import Option
-from simpletuner.config.json_text import JsonDocument, escape_pointer, parse_json, read_text, repeated_key_warnings
-from simpletuner.config.paths import fill_path, is_file, is_folder, shown_path
+from simpletuner.config.json_text import JsonDocument, parse_json, read_text, repeated_key_warnings
+from simpletuner.config.paths import fill_path, is_file, is_folder, path_exists, shown_path
 from simpletuner.config.root import Config
 from simpletuner.config.schedule_rules import uncovered
 from simpletuner.config.settings import Origin, OriginKind, Setting
+from simpletuner.config.storage_rules import broken_storage_rules
 from simpletuner.config.values import show
 from simpletuner.problems import ConfigError, Fix, Problem, Severity
 
@@ -141,11 +143,14 @@ class _Reader:
 
     def _is_supported(self, entry: Mapping[str, object], pointer: str, name: str) -> bool:
         storage, kind = entry.get("type", "local"), entry.get("dataset_type", "image")
-        if storage != "local":
-            self._add("E-DATASET-STORAGE", f"{pointer}/type", id=name, value=show(storage))
+        option = dataset_options("text_embeds" if kind in TEXT_EMBEDS_KINDS else "image")["type"]
+        words = [*option.choices, *(spelling for spelling, _ in option.opt.spellings)]
+        if storage not in words:
+            choices = ", ".join(option.choices)
+            self._add("E-DATASET-STORAGE", f"{pointer}/type", id=name, value=show(storage), choices=choices)
         if kind not in ("image", *TEXT_EMBEDS_KINDS):
             self._add("E-DATASET-KIND", f"{pointer}/dataset_type", id=name, value=show(kind))
-        return storage == "local" and kind in ("image", *TEXT_EMBEDS_KINDS)
+        return storage in words and kind in ("image", *TEXT_EMBEDS_KINDS)
 
     def _inherited(self) -> dict[str, Setting]:
         """What an image dataset takes from the run's configuration."""
@@ -163,8 +168,8 @@ class _Reader:
     ) -> dict[str, Setting]:
         found: dict[str, Setting] = {}
         aliases = {alias: option.name for option in declared.values() for alias in option.opt.aliases}
-        for raw_key, value in entry.items():
-            place = f"{pointer}/{escape_pointer(raw_key)}"
+        for raw_key, below, value in flattened(entry):
+            place = f"{pointer}/{below}"
             key = raw_key.strip().lstrip("-").replace("-", "_")
             option = declared.get(aliases.get(key, key))
             if option is None:
@@ -213,13 +218,20 @@ class _Reader:
 
     def _image(self, settings: dict[str, Setting], pointer: str, name: str) -> ImageDataset:
         built, problems = build_section(ImageDataset, settings, dataset_options("image"))
+        storage, more = build_storage_keys(settings)
+        problems += more
+        if built.type == "huggingface" and "metadata_backend" not in settings:
+            built = built.model_copy(update={"metadata_backend": "huggingface"})
+        built = built.model_copy(update={"storage": self._placed_storage(storage, built.id)})
         self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
         written = frozenset(key for key, setting in settings.items() if setting.origin.kind is OriginKind.FILE)
-        for problem in () if problems else broken_dataset_rules(built, written=written):
+        rules = (*broken_storage_rules(built, written=written), *broken_dataset_rules(built, written=written))
+        for problem in () if problems else rules:
             self._problems.append(self._about(problem, f"{pointer}{problem.path}", name))
         cache_dir = built.cache_dir_vae or f"{self._config.data.cache_dir}/vae/{{id}}"
-        folder = fill_path(built.instance_data_dir, self._cwd)
-        if folder not in self._absent and not is_folder(Path(folder)):
+        is_local = built.type == "local" and built.instance_data_dir
+        folder = fill_path(built.instance_data_dir, self._cwd) if is_local else ""
+        if is_local and folder not in self._absent and not is_folder(Path(folder)):
             place = f"{pointer}/instance_data_dir"
             params = {"id": name, "folder": folder}
             problem = self._problem("E-DATASET-FOLDER-MISSING", place, Severity.ERROR, **params)
@@ -229,6 +241,25 @@ class _Reader:
                 "instance_data_dir": folder,
                 "cache_dir_vae": self._cache_path(cache_dir, built.id),
             }
+        )
+
+    def _placed_storage(self, keys: StorageKeys, name: str) -> StorageKeys:
+        """The keys with absolute paths."""
+
+        def filled(path: str) -> str:
+            return fill_path(path, self._cwd) if path else ""
+
+        images = keys.csv.csv_cache_dir or f"{self._config.data.cache_dir}/urls/{{id}}"
+        csv = {"csv_file": filled(keys.csv.csv_file), "csv_cache_dir": self._cache_path(images, name)}
+        dataset = filled(keys.hub.dataset_name)
+        hub = {"dataset_name": dataset if path_exists(Path(dataset)) else keys.hub.dataset_name}
+        reading = {"cache_dir": filled(keys.reading.cache_dir) if keys.reading.cache_dir else None}
+        return StorageKeys(
+            s3=keys.s3,
+            csv=keys.csv.model_copy(update=csv),
+            hub=keys.hub.model_copy(update=hub),
+            reading=keys.reading.model_copy(update=reading),
+            parquet=keys.parquet.model_copy(update={"path": filled(keys.parquet.path)}),
         )
 
     def _embeds(self, settings: dict[str, Setting], pointer: str, name: str) -> TextEmbeds:
@@ -274,7 +305,7 @@ class _Reader:
     def _about(self, problem: Problem, pointer: str, name: str) -> Problem:
         """A problem of an option, told as one of a dataset."""
         params = dict(problem.params)
-        if "key" in params:
+        if "key" in params and "id" not in params:
             params["key"] = f"{name}.{params['key']}"
         return replace(problem, params=params, origin=self._place(pointer), path=pointer)
 

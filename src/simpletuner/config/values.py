@@ -206,4 +206,5 @@ def _choice(value: str, option: Option) -> str:
 
 
 def _refused(code: str, value: object, option: Option) -> BadValueError:
-    return BadValueError(Problem(code=code, params={"key": option.name, "value": show(value)}))
+    shown = "***" if option.opt.holds == "secret" else show(value)
+    return BadValueError(Problem(code=code, params={"key": option.name, "value": shown}))

@@ -18,6 +18,7 @@ from simpletuner.data.discovery import Progress, Scan, read_texts, scan
 from simpletuner.data.geometry import fit
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.image_index import ImageIndex, open_index
+from simpletuner.data.listings import keep_listing, kept_listing
 from simpletuner.data.records import (
     Bucket,
     BucketSize,
@@ -32,7 +33,10 @@ from simpletuner.data.records import (
     Size,
 )
 from simpletuner.data.spec import DatasetSpec, Sampling
-from simpletuner.data.storage import EXTENSIONS, Listing, Storage, Unreadable
+from simpletuner.data.storage import EXTENSIONS, Listing, LocalStorage, Storage, Unreadable
+from simpletuner.data.storages.errors import StorageError
+from simpletuner.data.storages.urls import UrlStorage
+from simpletuner.data.tables import TableRow
 from simpletuner.problems import DatasetError, Fix, Problem, Severity
 
 _NAMES_IN_A_MESSAGE = 100
@@ -41,6 +45,7 @@ _FAULT_CODES = {
     CaptionFault.EMPTY: "E-CAPTION-EMPTY",
     CaptionFault.ENCODING: "E-CAPTION-ENCODING",
     CaptionFault.FILTERED: "E-CAPTION-FILTERED",
+    CaptionFault.NO_ROW: "E-CAPTION-ROW",
 }
 
 
@@ -67,20 +72,20 @@ def build_plan(
     Raises: DatasetError with every problem of every dataset.
     """
     problems: list[Problem] = []
-    listings = _list_storages(specs, problems)
+    listings = _list_storages(specs, problems, cache_dir)
+    tables = _read_tables(specs, listings, problems)
     datasets: list[DatasetPlan] = []
     with open_index(cache_dir) as index:
-        scans = _scan_storages(specs, listings, index, on_progress, max_workers)
-        texts: dict[str, Mapping[str, bytes]] = {}
-        for spec in specs:
-            scan_of = scans.get(spec.storage.id)
-            if scan_of is not None and needs_texts(spec.captions) and spec.storage.id not in texts:
-                texts[spec.storage.id] = read_texts(scan_of, index, max_workers=max_workers)
+        scans = _scan_storages(specs, listings, tables, index, problems, on_progress, max_workers)
+        texts = _read_texts(specs, scans, index, problems, max_workers)
     problems += _unreadable_problems(specs, scans)
     for spec in specs:
-        if spec.storage.id in scans:
+        place = spec.storage.id
+        has_table = spec.table is None or spec.id in tables
+        has_texts = not needs_texts(spec.captions) or place in texts
+        if place in scans and has_table and has_texts:
             found = _plan_dataset(
-                spec, scans[spec.storage.id], texts.get(spec.storage.id, {}), seed=seed, batch_size=batch_size
+                spec, scans[place], texts.get(place, {}), tables.get(spec.id, {}), seed=seed, batch_size=batch_size
             )
             if isinstance(found, DatasetPlan):
                 datasets.append(found)
@@ -93,15 +98,28 @@ def build_plan(
     return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets, sampling), sampling=sampling)
 
 
+def has_kept_listing(spec: DatasetSpec, cache_dir: Path) -> bool:
+    """Whether the storage of a dataset will not be listed again."""
+    return spec.keeps_listing and kept_listing(spec.storage, cache_dir) is not None
+
+
 def folder_problems(specs: Sequence[DatasetSpec]) -> list[Problem]:
-    """What a listing tells without reading a file: a place that is missing, closed or without images."""
+    """What local listings and tables tell without reading an image, and without a network: a folder that is missing,
+    closed or without images, a table that is missing or lacks a column."""
     problems: list[Problem] = []
-    listings = _list_storages(specs, problems)
+    listings = _list_storages([spec for spec in specs if isinstance(spec.storage, LocalStorage)], problems)
     empty = {name: listing for name, listing in listings.items() if not listing.images}
     for spec in specs:
         listing = empty.pop(spec.storage.id, None)
         if listing is not None:
             problems.append(_empty_problem(spec, listing))
+        try:
+            if isinstance(spec.storage, UrlStorage):
+                spec.storage.check()
+            if spec.table is not None:
+                spec.table.check()
+        except StorageError as error:
+            problems.append(error.problem(spec.id))
     return problems
 
 
@@ -114,16 +132,22 @@ def unreadable_warnings(plan: Plan) -> list[Problem]:
     ]
 
 
-def _list_storages(specs: Sequence[DatasetSpec], problems: list[Problem]) -> dict[str, Listing]:
-    """List each storage once, though several datasets may use it."""
+def _list_storages(
+    specs: Sequence[DatasetSpec], problems: list[Problem], cache_dir: Path | None = None
+) -> dict[str, Listing]:
+    """List each storage once, though several datasets may use it. Kept listings are in `cache_dir`."""
     listings: dict[str, Listing] = {}
     failed: set[str] = set()
     for spec in specs:
         name = spec.storage.id
         if name in listings or name in failed:
             continue
+        keeps = cache_dir is not None and spec.keeps_listing
+        kept = kept_listing(spec.storage, cache_dir) if cache_dir is not None and keeps else None
         try:
-            listings[name] = spec.storage.list_files()
+            listings[name] = spec.storage.list_files() if kept is None else kept
+            if kept is None and keeps and cache_dir is not None:
+                keep_listing(spec.storage, listings[name], cache_dir)
         except OSError as error:
             failed.add(name)
             problems.append(_listing_problem(spec, error))
@@ -132,28 +156,78 @@ def _list_storages(specs: Sequence[DatasetSpec], problems: list[Problem]) -> dic
 
 def _listing_problem(spec: DatasetSpec, error: OSError) -> Problem:
     name = spec.storage.id
+    if isinstance(error, StorageError):
+        return error.problem(spec.id)
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return Problem(code="E-DATASET-FOLDER-MISSING", params={"id": spec.id, "folder": name})
     params = {"id": spec.id, "folder": str(error.filename or name), "reason": error.strerror or str(error)}
     return Problem(code="E-DATASET-FOLDER-UNREADABLE", params=params)
 
 
+def _read_tables(
+    specs: Sequence[DatasetSpec], listings: Mapping[str, Listing], problems: list[Problem]
+) -> dict[str, Mapping[str, TableRow]]:
+    """What the tables say of the listed images, by dataset."""
+    found: dict[str, Mapping[str, TableRow]] = {}
+    for spec in specs:
+        listing = listings.get(spec.storage.id)
+        if spec.table is None or listing is None:
+            continue
+        try:
+            found[spec.id] = spec.table.rows([file.key for file in listing.images])
+        except StorageError as error:
+            problems.append(error.problem(spec.id))
+    return found
+
+
 def _scan_storages(
     specs: Sequence[DatasetSpec],
     listings: Mapping[str, Listing],
+    tables: Mapping[str, Mapping[str, TableRow]],
     index: ImageIndex,
+    problems: list[Problem],
     on_progress: Progress,
     max_workers: int | None,
 ) -> dict[str, Scan]:
-    storages = {spec.storage.id: spec.storage for spec in specs}
     total = sum(len(listing.images) for listing in listings.values())
     scans: dict[str, Scan] = {}
     before = 0
-    for name, listing in listings.items():
+    for place, listing in listings.items():
+        users = [spec for spec in specs if spec.storage.id == place]
+        storage = users[0].storage
         progress = partial(_report, on_progress, before, total)
-        scans[name] = scan(storages[name], listing, index, on_progress=progress, max_workers=max_workers)
+        told = _told_sizes(users, tables)
+        try:
+            scans[place] = scan(storage, listing, index, on_progress=progress, max_workers=max_workers, told=told)
+        except StorageError as error:
+            problems.append(error.problem(users[0].id))
         before += len(listing.images)
     return scans
+
+
+def _told_sizes(users: Sequence[DatasetSpec], tables: Mapping[str, Mapping[str, TableRow]]) -> dict[str, Size]:
+    """The sizes of a storage's images that a table tells to one of the datasets which use it, if all believe it."""
+    if not all(spec.takes_sizes and spec.id in tables for spec in users):
+        return {}
+    return {key: row.size for spec in users for key, row in tables[spec.id].items() if row.size is not None}
+
+
+def _read_texts(
+    specs: Sequence[DatasetSpec],
+    scans: Mapping[str, Scan],
+    index: ImageIndex,
+    problems: list[Problem],
+    max_workers: int | None,
+) -> dict[str, Mapping[str, bytes]]:
+    """The caption files by storage, where they are wanted."""
+    texts: dict[str, Mapping[str, bytes]] = {}
+    wanted = {spec.storage.id: spec for spec in reversed(specs) if needs_texts(spec.captions)}
+    for place in (place for place in scans if place in wanted):
+        try:
+            texts[place] = read_texts(scans[place], index, max_workers=max_workers)
+        except StorageError as error:
+            problems.append(error.problem(wanted[place].id))
+    return texts
 
 
 def _report(on_progress: Progress, before: int, total: int, done: int, _total_of_storage: int) -> None:
@@ -161,7 +235,13 @@ def _report(on_progress: Progress, before: int, total: int, done: int, _total_of
 
 
 def _plan_dataset(
-    spec: DatasetSpec, found: Scan, texts: Mapping[str, bytes], *, seed: int, batch_size: int
+    spec: DatasetSpec,
+    found: Scan,
+    texts: Mapping[str, bytes],
+    rows: Mapping[str, TableRow],
+    *,
+    seed: int,
+    batch_size: int,
 ) -> DatasetPlan | list[Problem]:
     if lacks_instance_prompt(spec.captions):
         return [Problem(code="E-CAPTION-NO-INSTANCE-PROMPT", params={"id": spec.id})]
@@ -173,7 +253,7 @@ def _plan_dataset(
     by_size: dict[Size, list[Sample]] = defaultdict(list)
     bad_captions: list[BadCaption] = []
     for record, geometry in used:
-        captions = read_captions(record.key, spec.captions, texts)
+        captions = read_captions(record.key, spec.captions, texts, rows)
         if isinstance(captions, BadCaption):
             bad_captions.append(captions)
             continue
@@ -346,7 +426,8 @@ def _caption_problems(spec: DatasetSpec, bad: Sequence[BadCaption]) -> list[Prob
     for fault, code in _FAULT_CODES.items():
         paths = [spec.storage.shown(item.key) for item in bad if item.fault is fault]
         if paths:
-            params = {"id": spec.id, "count": len(paths), "files": _names(paths)}
+            table = spec.table.shown if spec.table is not None else "-"
+            params = {"id": spec.id, "count": len(paths), "files": _names(paths), "table": table}
             problems.append(Problem(code=code, params=params))
     return problems
 

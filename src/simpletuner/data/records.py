@@ -19,6 +19,7 @@ Trait = Literal["alpha", "animated", "cmyk", "deep", "grey", "palette", "profile
 alpha: it has transparency. animated: several frames or pages, of which the first is used. deep: 16 bits and more per
 channel. profile: a colour profile other than sRGB. rotated: its pixels are stored turned or mirrored (EXIF).
 """
+TOLD = "told"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +32,12 @@ class ImageHeader:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRecord:
-    """One image file, known from its header."""
+    """One image file, known from its header or from a table."""
 
     file: FileInfo
     size: Size
     traits: str = ""
-    """The `Trait`s of its header, sorted, with spaces between them."""
+    """The `Trait`s of its header, sorted, with spaces between them; `TOLD` if a table told its size instead."""
 
     @property
     def key(self) -> str:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from simpletuner.data.storage import Storage
+from simpletuner.data.tables import Table
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CropStyle = Literal["random", "center", "corner"]
 CropAspect = Literal["square", "preserve", "closest", "random"]
-CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface"]
 Sampling = Literal["auto-weighting", "uniform"]
 """What a dataset's share of the batches follows: its length times its probability, or its probability alone."""
 BatchMixing = Literal["bucket", "packed"]
@@ -120,3 +121,9 @@ class DatasetSpec:
     """A bucket that cannot fill a batch is left out; with a minimum size, but for `disable_bucket_pruning`."""
     skips_unreadable: bool = True
     """Leave out images that cannot be read; otherwise they are an error."""
+    table: Table | None = None
+    """Where captions come from, with caption_strategy parquet, csv and huggingface."""
+    takes_sizes: bool = False
+    """Believe the sizes that `table` tells instead of reading the images' headers."""
+    keeps_listing: bool = False
+    """Use the listing of the first start as long as it is there, and do not list the storage again."""

@@ -6,18 +6,23 @@ Most mistakes that are not in the configuration itself show up here, so their me
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 from simpletuner.config.datasets import CaptionShuffle, DatasetsConfig, ImageDataset, TextEmbeds
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
-from simpletuner.data.plan import build_plan, unreadable_warnings
+from simpletuner.data.plan import build_plan, has_kept_listing, unreadable_warnings
 from simpletuner.data.records import DatasetPlan, DropReason, Plan, Size
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import AspectChoice, CaptionSpec, CropStyle, DatasetSpec, ResizeSpec, Schedule, ShuffleSpec
-from simpletuner.data.storage import LocalStorage
+from simpletuner.data.storages.errors import StorageError
+from simpletuner.data.storages.hub import HubStorage
+from simpletuner.data.storages.urls import UrlStorage
+from simpletuner.events.progress import PhaseProgress
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import (
     BucketCount,
@@ -27,7 +32,8 @@ from simpletuner.events.types import (
     RunResumed,
     SettingOverridden,
 )
-from simpletuner.problems import ConfigError, Problem, Severity
+from simpletuner.problems import ConfigError, DatasetError, Problem, Severity
+from simpletuner.train.places import storage_of, table_of
 from simpletuner.train.resume import Checkpoint, choose_checkpoint, remove_unfinished
 from simpletuner.validation.requests import ImageRequest, plan_images, read_prompts
 
@@ -122,6 +128,7 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
         DatasetError: no usable image, a damaged file, a missing caption, a bucket that cannot fill a batch.
     """
     specs = [dataset_spec(dataset, config, datasets.text_embeds) for dataset in datasets.images]
+    fetch_images(specs, Path(config.data.cache_dir), run)
     with run.phase("scan", unit="images") as progress:
         plan = build_plan(
             specs,
@@ -139,12 +146,35 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
     return plan
 
 
+def fetch_images(specs: Sequence[DatasetSpec], cache_dir: Path, run: RunRecorder) -> None:
+    """Bring what is not on this machine to where it can be listed.
+
+    Raises:
+        DatasetError: something cannot be reached.
+    """
+    for spec in specs:
+        if isinstance(spec.storage, (UrlStorage, HubStorage)) and not has_kept_listing(spec, cache_dir):
+            with run.phase("fetch", unit="images") as progress:
+                try:
+                    spec.storage.prepare(partial(_tell, progress))
+                except StorageError as error:
+                    raise DatasetError(error.problem(spec.id)) from error
+
+
+def _tell(progress: PhaseProgress, done: int, total: int) -> None:
+    progress.update(done, total=total)
+
+
 def dataset_spec(dataset: ImageDataset, config: Config, embeds: TextEmbeds) -> DatasetSpec:
     """The options of one dataset as the data layer takes them; `embeds` is the entry that caches its captions."""
+    storage = storage_of(dataset, cache_dir=Path(config.data.cache_dir))
     has_minimum = dataset.minimum_image_size is not None
     return DatasetSpec(
         id=dataset.id,
-        storage=LocalStorage(folder=Path(dataset.instance_data_dir)),
+        storage=storage,
+        table=table_of(dataset, storage),
+        takes_sizes=dataset.metadata_backend == "parquet",
+        keeps_listing=dataset.preserve_data_backend_cache,
         resize=ResizeSpec(
             resolution=dataset.resolution,
             resolution_type=dataset.resolution_type,

@@ -14,7 +14,7 @@ from simpletuner.config.fields import Opt, Section
 _DEFAULT = FLAVOURS[DEFAULT_FLAVOUR]
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
-CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface"]
 BatchMixing = Literal["bucket", "packed"]
 UnreadableImages = Literal["skip", "stop"]
 CAPTION_SPELLINGS = (("instance_prompt", "instanceprompt"), ("text_file", "textfile"))
@@ -68,7 +68,8 @@ class DataSection(Section):
     """Accepted for compatibility: a run always follows the datasets file as it is now."""
 
     caption_strategy: Annotated[CaptionStrategy, Opt(spellings=CAPTION_SPELLINGS)] = "filename"
-    """Where captions come from: the file name, a .txt file beside the image, or instance_prompt."""
+    """Where captions come from: the file name, a .txt file beside the image, instance_prompt, or a table: a parquet or
+    CSV file, or the rows of a Hugging Face dataset."""
 
     instance_prompt: Annotated[str | None, Opt()] = None
     """The caption of every image with caption_strategy instanceprompt."""
@@ -81,6 +82,9 @@ class DataSection(Section):
 
     unreadable_images: Annotated[UnreadableImages, Opt()] = "skip"
     """What to do with images that cannot be read: skip leaves them out and names them, stop ends the run."""
+
+    preserve_data_backend_cache: Annotated[bool, Opt()] = False
+    """List each dataset's files once and keep that listing. Later starts do not look for new or changed files."""
 
     cache_dir: Annotated[str, Opt(holds="path", shown_default="<output_dir>/cache")] = ""
     """Folder of the caches of latents and prompt embeddings."""
