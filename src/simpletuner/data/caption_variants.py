@@ -7,6 +7,7 @@ embedding can be cached; images with the same caption share it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from simpletuner.catalog.caption_filters import filtered, parse_filter
 from simpletuner.data.hashing import draw_many
@@ -28,6 +29,7 @@ def shuffle_captions(captions: Iterable[str], spec: ShuffleSpec) -> tuple[str, .
     return tuple(dict.fromkeys(text for caption in captions for text in variants(caption, spec)))
 
 
+@lru_cache(maxsize=4096)
 def variants(caption: str, spec: ShuffleSpec) -> tuple[str, ...]:
     """`spec.count` distinct orders of a caption's tags, as far as there are as many, none of them its own; before them
     the caption itself if it is included. One with fewer than two tags to move stays alone."""
