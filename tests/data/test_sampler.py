@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simpletuner.data.batching import groups
+from simpletuner.data.geometry import recrop
 from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Plan, Sample
 from simpletuner.data.sampler import Pick, Sampler
 from simpletuner.data.spec import BatchMixing, Sampling, Schedule
@@ -343,3 +344,29 @@ def test_a_hundred_thousand_images_take_little_memory() -> None:
     tracemalloc.stop()
     assert held < 20e6
     assert peak < 40e6
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_fresh_crops_are_those_of_the_pass_and_change_nothing_else(fresh: bool) -> None:
+    wide = Geometry(target=(64, 64), intermediary=(640, 64), crop=(0, 0))
+    plain = dataset("a", [5])
+    samples = tuple(replace(one, geometry=wide) for one in plain.buckets[0].samples)
+    cropped = replace(plain, buckets=(Bucket(size=(64, 64), samples=samples),), takes_fresh_crops=fresh)
+    rounds = [
+        [pick.sample for index in range(first, first + 5) for pick in picks_of(cropped, index)] for first in (0, 5, 10)
+    ]
+    for number, of_round in enumerate(rounds):
+        assert {one.record.key for one in of_round} == {one.record.key for one in samples}
+        for one in of_round:
+            expected = recrop(wide, seed=3, key=one.record.key, pass_number=number) if fresh else wide
+            assert one.geometry == expected
+    assert [one.record.key for one in rounds[1]] == [
+        pick.sample.record.key
+        for index in range(5, 10)
+        for pick in picks_of(replace(cropped, takes_fresh_crops=not fresh), index)
+    ]
+    assert (len({one.geometry.crop for of_round in rounds for one in of_round}) > 10) == fresh
+
+
+def picks_of(one: DatasetPlan, index: int) -> tuple[Pick, ...]:
+    return Sampler(plan_of(one), seed=3, batch_size=1).picks(index)

@@ -62,6 +62,22 @@ def test_encoding_while_training_makes_the_steps_of_a_cache_whether_resumed_or_n
     assert bool(written) == (way == "vae_cache_ondemand")
 
 
+@pytest.mark.slow(seconds=15)
+def test_fresh_crops_in_every_epoch_resume_as_if_nothing_had_happened(project, train):
+    project.set_dataset(vae_cache_clear_each_epoch=True, crop=True, resolution=96, repeats=0)
+    train("--output_dir=straight", "--max_train_steps=10")
+    train("--output_dir=halves", "--max_train_steps=7")
+    train("--output_dir=halves", "--max_train_steps=10")
+    assert same_weights(project, "straight", "halves")
+    assert not list(project.root.rglob("vae/**/*.safetensors"))
+    project.set_dataset(vae_cache_clear_each_epoch=False)
+    train("--output_dir=fixed", "--max_train_steps=10")
+    fresh, fixed = (project.losses(project.root / name) for name in ("straight", "fixed"))
+    num_first = 4  # 8 images in batches of 2
+    assert all(abs(min(fresh[step]) - min(fixed[step])) < 1e-5 for step in range(1, num_first + 1))
+    assert fresh != fixed
+
+
 @pytest.mark.slow
 def test_unreadable_images_stop_a_run_that_asks_for_it(project, train, monkeypatch, capsys):
     (project.root / "datasets" / "subject" / "bad.jpg").write_bytes(b"no image")

@@ -7,6 +7,7 @@ its own aspect, until it just covers the target, and the overflow is cut off.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from simpletuner.data.hashing import draw, draw_unit
 from simpletuner.data.records import DropReason, Geometry, Size
@@ -15,11 +16,10 @@ from simpletuner.data.spec import CropStyle, ResizeSpec, ResolutionType
 _PIXELS_PER_MEGAPIXEL = 1_000_000
 
 
-def fit(size: Size, spec: ResizeSpec, *, seed: int, key: str, epoch: int = 0) -> Geometry | DropReason:
+def fit(size: Size, spec: ResizeSpec, *, seed: int, key: str) -> Geometry | DropReason:
     """Return how an upright image of `size` px is used under `spec`, or why it is not.
 
-    Random aspects are functions of (seed, key), random crops of (seed, key, epoch): an image keeps its bucket for the
-    whole run, and its picture unless another `epoch`, from 0, is asked for.
+    Random crops and random aspects are functions of (seed, key): the same picture every time.
     """
     dropped = _reason_to_drop(size, spec)
     if dropped is not None:
@@ -33,8 +33,17 @@ def fit(size: Size, spec: ResizeSpec, *, seed: int, key: str, epoch: int = 0) ->
         shrunk = scale_to(size, spec.target_downsample_size, spec.resolution_type)
         if shrunk[0] >= target[0] and shrunk[1] >= target[1] and shrunk[0] <= size[0]:
             intermediary = shrunk
-    crop = _crop_position(intermediary, target, spec.crop_style, seed=seed, key=key, epoch=epoch)
+    crop = _crop_position(intermediary, target, spec.crop_style, seed=seed, key=key, pass_number=0)
     return Geometry(target=target, intermediary=intermediary, crop=crop)
+
+
+def recrop(geometry: Geometry, *, seed: int, key: str, pass_number: int) -> Geometry:
+    """Return the random crop of a later pass through the dataset, a function of (seed, key, pass_number).
+
+    Only the place of the cut is another one. Pass 0 has the crop that `fit` gave.
+    """
+    crop = _crop_position(geometry.intermediary, geometry.target, "random", seed=seed, key=key, pass_number=pass_number)
+    return replace(geometry, crop=crop)
 
 
 def bucket_size(aspect: float, spec: ResizeSpec) -> Size:
@@ -154,14 +163,14 @@ def _enlargement(size: Size, target: Size) -> float:
 
 
 def _crop_position(
-    intermediary: Size, target: Size, style: CropStyle, *, seed: int, key: str, epoch: int
+    intermediary: Size, target: Size, style: CropStyle, *, seed: int, key: str, pass_number: int
 ) -> tuple[int, int]:
     spare_x, spare_y = intermediary[0] - target[0], intermediary[1] - target[1]
     if style == "corner":
         return 0, 0
     if style == "center":
         return spare_x // 2, spare_y // 2
-    visit = (epoch,) if epoch else ()
+    visit = (pass_number,) if pass_number else ()
     return draw(seed, "crop x", key, *visit) % (spare_x + 1), draw(seed, "crop y", key, *visit) % (spare_y + 1)
 
 

@@ -286,6 +286,7 @@ def _plan_dataset(
         unreadable=found.unreadable,
         batch_size=spec.train_batch_size,
         batch_mixing=spec.batch_mixing,
+        takes_fresh_crops=spec.takes_fresh_crops,
         schedule=spec.schedule,
         filled=settled.filled,
         pruned=tuple(BucketSize(size=bucket.size, num_images=len(bucket.samples)) for bucket in settled.pruned),
@@ -321,6 +322,7 @@ def _settings(dataset: DatasetPlan) -> list[object]:
         dataset.caption_dropout_probability,
         dataset.batch_size,
         dataset.batch_mixing,
+        dataset.takes_fresh_crops,
         asdict(dataset.schedule),
     ]
 

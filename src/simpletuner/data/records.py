@@ -119,6 +119,8 @@ class DatasetPlan:
     batch_size: int | None = None
     """Samples of one micro-batch of this dataset; None: the run's."""
     batch_mixing: BatchMixing = "bucket"
+    takes_fresh_crops: bool = False
+    """Its random crops are others in every pass through it."""
     schedule: Schedule = field(default_factory=Schedule)
     filled: tuple[BucketSize, ...] = ()
     """Buckets that are shown more often than `repeats` says, because they cannot fill a batch."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Generic, TypeVar
 
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simpletuner.data.batching import groups, num_batches
+from simpletuner.data.geometry import recrop
 from simpletuner.data.hashing import draw, draw_unit
 from simpletuner.data.records import DatasetPlan, Plan, Sample
 from simpletuner.data.schedule import Member, Part, Timeline
@@ -121,10 +122,16 @@ class Sampler:
         number, batch = divmod(cursor, self._round_batches[which])
         dataset = self._datasets[which]
         samples = self._rounds.get((which, number), self._deal_round).batch(batch)
+        if dataset.takes_fresh_crops:
+            samples = [self._recropped(sample, number) for sample in samples]
         return tuple(
             Pick(sample=sample, prompt=self._prompt(sample, dataset, global_index, number_in_batch))
             for number_in_batch, sample in enumerate(samples)
         )
+
+    def _recropped(self, sample: Sample, number: int) -> Sample:
+        geometry = recrop(sample.geometry, seed=self._seed, key=sample.record.key, pass_number=number)
+        return replace(sample, geometry=geometry)
 
     def _first_counts(self) -> tuple[int, ...]:
         return self._timeline.counts_of(0) if self._timeline.end != 0 else (0,) * len(self._datasets)

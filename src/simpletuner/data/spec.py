@@ -114,6 +114,8 @@ class DatasetSpec:
     train_batch_size: int | None = None
     """Samples of one micro-batch of this dataset; None: the run's."""
     batch_mixing: BatchMixing = "bucket"
+    takes_fresh_crops: bool = False
+    """Its random crops are others in every pass through it."""
     schedule: Schedule = field(default_factory=Schedule)
     fills_short_buckets: bool = False
     """A bucket that cannot fill a batch is shown more often; `allow_dataset_oversubscription` without `repeats`."""

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from simpletuner.config.datasets import CaptionShuffle, DatasetsConfig, ImageDataset, TextEmbeds
+from simpletuner.config.datasets import CaptionShuffle, DatasetsConfig, ImageDataset, TextEmbeds, takes_fresh_crops
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.plan import build_plan, has_kept_listing, unreadable_warnings
@@ -210,6 +210,7 @@ def dataset_spec(dataset: ImageDataset, config: Config, embeds: TextEmbeds) -> D
         max_num_samples=dataset.max_num_samples,
         train_batch_size=dataset.train_batch_size,
         batch_mixing=dataset.batch_mixing,
+        takes_fresh_crops=takes_fresh_crops(dataset),
         schedule=Schedule(
             start_epoch=dataset.start_epoch,
             start_step=dataset.start_step,
