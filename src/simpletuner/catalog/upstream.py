@@ -60,7 +60,7 @@ _OTHER_FLAGS = """
     delete_model_after_load strict_epoch_limit ignore_final_epochs validation_prompt_library validation_preview
     validation_randomize validation_disable_unconditional=true validation_using_datasets eval_loss_disable
     enable_watermark override_dataset_config allow_dataset_oversubscription disable_bucket_pruning
-    vae_cache_ondemand vae_cache_disable vae_cache_preprocess=true text_cache_ondemand text_cache_disable
+    vae_cache_preprocess=true text_cache_ondemand text_cache_disable
     compress_disk_cache aspect_bucket_disable_rebuild ignore_missing_files
     delete_problematic_images delete_unwanted_images print_filenames print_sampler_statistics debug_aspect_buckets
     debug_dataset_loader push_checkpoints_to_hub push_to_hub_background model_card_private
@@ -121,9 +121,9 @@ _DATASET_RESULT = """
     image_embeds mask_type huggingface.composite_image_config huggingface.filter_func
 """
 _DATASET_OTHER = """
-    compress_cache metadata_update_interval vae_cache_clear_each_epoch vae_cache_ondemand
-    vae_cache_disable delete_unwanted_images delete_problematic_images delete_nsfw_images disable_validation
-    hash_filenames ignore_epochs text_encoder_batch_size text_cache_ondemand text_cache_disable memory_filesystem_path
+    compress_cache metadata_update_interval
+    delete_unwanted_images delete_problematic_images delete_nsfw_images disable_validation hash_filenames
+    ignore_epochs text_encoder_batch_size text_cache_ondemand text_cache_disable memory_filesystem_path
     memory_filesystem_size memory_filesystem_sudo video audio num_frames
 """
 

@@ -130,6 +130,15 @@ class ImageDataset(Section):
     cache_dir_vae: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/vae/<id>")] = ""
     """Folder of the cached latents. {id}, {output_dir} and {model_family} are filled in."""
 
+    vae_cache_ondemand: Annotated[bool, Opt()] = False
+    """Encode an image when a batch first asks for it, not all before training. The VAE stays loaded."""
+
+    vae_cache_disable: Annotated[bool, Opt()] = False
+    """Write no latents to disk: encode while training, and keep them in memory as far as 1 GiB goes."""
+
+    vae_cache_clear_each_epoch: Annotated[bool, Opt()] = False
+    """With crop_style random: another crop of each image in every epoch, encoded while training and not kept."""
+
     text_embeds: Annotated[str | None, Opt(level="expert")] = None
     """Id of the text_embeds entry that caches the captions."""
 
@@ -143,6 +152,21 @@ class ImageDataset(Section):
     """Accepted for compatibility: only what has changed is looked at anyway."""
 
     storage: StorageKeys = StorageKeys()
+
+
+def encodes_while_training(dataset: ImageDataset) -> bool:
+    """Whether the VAE has to stay loaded for its images."""
+    return dataset.vae_cache_ondemand or dataset.vae_cache_disable or takes_fresh_crops(dataset)
+
+
+def takes_fresh_crops(dataset: ImageDataset) -> bool:
+    """Whether its images are cropped anew in every epoch."""
+    return dataset.vae_cache_clear_each_epoch and dataset.crop_style == "random"
+
+
+def keeps_latents(dataset: ImageDataset) -> bool:
+    """Whether its latents are written to disk."""
+    return not dataset.vae_cache_disable and not takes_fresh_crops(dataset)
 
 
 class TextEmbeds(Section):

@@ -137,18 +137,9 @@ def learn_contents(
 
     Returns them, and why the others could not be read, by key.
     """
+    contents = known_contents(storage, files, index)
     known = index.images(storage.id)
-    contents: dict[str, str] = {}
-    unknown: list[FileInfo] = []
-    for file in files:
-        row = known.get(file.key)
-        content_id = storage.content_of(file)
-        if content_id is None and row is not None and _is_current(row, file):
-            content_id = row.content_id
-        if content_id is None:
-            unknown.append(file)
-        else:
-            contents[file.key] = content_id
+    unknown = [file for file in files if file.key not in contents]
     failed: dict[str, OSError] = {}
     saved: dict[str, Known] = {}
     on_progress(len(contents), len(files))
@@ -169,6 +160,20 @@ def learn_contents(
     finally:
         index.save_images(storage.id, saved)
     return contents, failed
+
+
+def known_contents(storage: Storage, files: Sequence[FileInfo], index: ImageIndex) -> dict[str, str]:
+    """The content ids that need no reading, by key."""
+    known = index.images(storage.id)
+    contents: dict[str, str] = {}
+    for file in files:
+        row = known.get(file.key)
+        content_id = storage.content_of(file)
+        if content_id is None and row is not None and _is_current(row, file):
+            content_id = row.content_id
+        if content_id is not None:
+            contents[file.key] = content_id
+    return contents
 
 
 def remember_unreadable(storage: Storage, reasons: dict[FileInfo, str], index: ImageIndex) -> None:

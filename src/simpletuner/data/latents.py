@@ -27,7 +27,7 @@ from simpletuner.data.discovery import Progress, learn_contents, reason_of, reme
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.image_index import open_index
 from simpletuner.data.images import UnreadableImageError, cut, decode, without_decoder_warnings
-from simpletuner.data.records import TOLD, Geometry, Plan, Sample, Size
+from simpletuner.data.records import TOLD, Geometry, ImageRecord, Plan, Sample, Size
 from simpletuner.data.storage import ChangedFileError, FileInfo, Storage
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.store import TensorStore, Writer
@@ -36,7 +36,8 @@ from simpletuner.problems import DatasetError, Problem
 
 _PIXELS_VERSION = "pixels 2"
 """Part of every key. Changes when decoding or resizing gives other pixels."""
-_HOLD_UP_TO_BYTES = 1 << 30
+HOLD_UP_TO_BYTES = 1 << 30
+"""Latents of a run that stay in main memory."""
 _MAX_DECODERS = 8
 _PROCESSES_FROM_PICTURES = 1024
 
@@ -66,6 +67,10 @@ class LatentSource:
     open: Callable[[], LatentEncoder]
 
 
+class OtherSizeError(OSError):
+    """An image has not the size that a table tells."""
+
+
 class PlanAgainError(Exception):
     """Images turned out to be unreadable when they were decoded. The index knows them now, a new plan leaves them
     out."""
@@ -80,11 +85,15 @@ class LatentKeys:
     """Dataset id -> key of a file -> content id."""
 
     def of(self, sample: Sample) -> str:
-        """32 hex digits: a hash of the image's bytes, its geometry and the encoder."""
-        geometry = sample.geometry
+        """See `latent_key`."""
         content_id = self.contents[sample.dataset_id][sample.record.key]
-        numbers = (*geometry.target, *geometry.intermediary, *geometry.crop)
-        return stable_hash(_PIXELS_VERSION, content_id, self.encoder_id, *numbers)
+        return latent_key(sample.geometry, content_id, self.encoder_id)
+
+
+def latent_key(geometry: Geometry, content_id: str, encoder_id: str) -> str:
+    """The name of a latent in a cache, 32 hex digits: a hash of the image's bytes, its geometry and the encoder."""
+    numbers = (*geometry.target, *geometry.intermediary, *geometry.crop)
+    return stable_hash(_PIXELS_VERSION, content_id, encoder_id, *numbers)
 
 
 class LatentStore:
@@ -107,7 +116,7 @@ class LatentStore:
         if held is not None:
             return held
         latent = self._stores[sample.dataset_id].get(key)
-        if self._held_bytes + latent.nbytes <= _HOLD_UP_TO_BYTES:
+        if self._held_bytes + latent.nbytes <= HOLD_UP_TO_BYTES:
             self._held[key] = latent
             self._held_bytes += latent.nbytes
         return latent
@@ -237,7 +246,7 @@ class _BadImage:
     error: UnreadableImageError | OSError
 
 
-_Pixels = npt.NDArray[np.uint8]  # [H, W, C]
+Pixels = npt.NDArray[np.uint8]  # [H, W, C]
 
 
 def _wanted(plan: Plan, stores: Mapping[str, TensorStore], keys: LatentKeys) -> dict[TensorStore, dict[str, Sample]]:
@@ -272,7 +281,7 @@ def _task(sample: Sample, storages: Mapping[str, Storage]) -> _Picture:
         storage=storages[sample.dataset_id],
         file=record.file,
         geometry=sample.geometry,
-        told=record.size if record.traits == TOLD else None,
+        told=told_size(record),
     )
 
 
@@ -312,18 +321,27 @@ def _encode(
     return bad
 
 
-def _decode(picture: _Picture) -> _Pixels | _BadImage:
+def _decode(picture: _Picture) -> Pixels | _BadImage:
     try:
-        image = decode(picture.storage.read(picture.file))
-        if picture.told is not None and image.size != picture.told:
-            raise _OtherSizeError(0, f"{image.size[0]}x{image.size[1]}, not {picture.told[0]}x{picture.told[1]}")
-        return cut(image, picture.geometry)
+        return pixels_of(picture.storage.read(picture.file), picture.geometry, told=picture.told)
     except (UnreadableImageError, OSError) as error:
         return _BadImage(dataset_id=picture.dataset_id, storage=picture.storage, file=picture.file, error=error)
 
 
-class _OtherSizeError(OSError):
-    """An image has not the size that a table tells."""
+def pixels_of(data: bytes, geometry: Geometry, *, told: Size | None) -> Pixels:
+    """Return the training picture of an image file; `told` is the size that a table tells.
+
+    Raises: UnreadableImageError. OtherSizeError: a table was wrong.
+    """
+    image = decode(data)
+    if told is not None and image.size != told:
+        raise OtherSizeError(0, f"{image.size[0]}x{image.size[1]}, not {told[0]}x{told[1]}")
+    return cut(image, geometry)
+
+
+def told_size(record: ImageRecord) -> Size | None:
+    """The size of an image, if a table told it."""
+    return record.size if record.traits == TOLD else None
 
 
 def _stop_without_storage(bad: Sequence[_BadImage]) -> None:
@@ -346,25 +364,33 @@ def _settle(bad: Sequence[_BadImage], cache_dir: Path) -> None:
     raise PlanAgainError
 
 
-def _encode_job(job: _Job, pictures: Sequence[_Pixels], encoder: LatentEncoder, writer: Writer) -> None:
-    pixels_BHWC = torch.from_numpy(np.stack(pictures))
+def _encode_job(job: _Job, pixels: Sequence[Pixels], encoder: LatentEncoder, writer: Writer) -> None:
+    shown = [picture.storage.shown(picture.file.key) for picture in job.pictures]
+    for key, latent in zip(job.keys, encode_pixels(pixels, encoder, shown), strict=True):
+        writer.put(key, latent)
+
+
+def encode_pixels(pixels: Sequence[Pixels], encoder: LatentEncoder, names: Sequence[str]) -> list[Tensor]:
+    """Return the latents of pictures of one size, each [C, h, w] float32 on the CPU.
+
+    Raises: DatasetError: a latent is not finite; it tells the name of its picture.
+    """
+    pixels_BHWC = torch.from_numpy(np.stack(pixels))
     images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
     with torch.no_grad():
         latents_BChw = encoder.encode(images_BCHW).to("cpu", torch.float32)
-    assert len(latents_BChw) == len(job.keys)
-    for key, picture, latent in zip(job.keys, job.pictures, latents_BChw, strict=True):
+    for name, latent in zip(names, latents_BChw, strict=True):
         if not bool(torch.isfinite(latent).all()):
-            params = {"file": picture.storage.shown(picture.file.key)}
-            raise DatasetError(Problem(code="E-LATENT-NOT-FINITE", params=params))
-        writer.put(key, latent)
+            raise DatasetError(Problem(code="E-LATENT-NOT-FINITE", params={"file": name}))
+    return list(latents_BChw)
 
 
 def _failure_problems(bad: Sequence[_BadImage]) -> list[Problem]:
     """What to tell of files that could not be read."""
     problems: list[Problem] = []
     changed = [item.storage.shown(item.file.key) for item in bad if isinstance(item.error, ChangedFileError)]
-    other_sizes = [item for item in bad if isinstance(item.error, _OtherSizeError)]
-    failed = [item for item in bad if not isinstance(item.error, (ChangedFileError, _OtherSizeError))]
+    other_sizes = [item for item in bad if isinstance(item.error, OtherSizeError)]
+    failed = [item for item in bad if not isinstance(item.error, (ChangedFileError, OtherSizeError))]
     if failed:
         names = [f"{item.file.key} ({reason_of(item.error)})" for item in failed]
         params = {"count": len(names), "folder": failed[0].storage.id, "files": ", ".join(names)}

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from simpletuner.adapters.lora import disabled
+from simpletuner.config.datasets import encodes_while_training
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config, options
 from simpletuner.data.latents import PlanAgainError
@@ -97,7 +99,8 @@ def train(
     """
     parts = _Run(loaded, start, run=run, stop=stop, headings=headings, measurements=measurements)
     try:
-        outcome = parts.carry_out()
+        with parts.cleanup:
+            outcome = parts.carry_out()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -132,6 +135,7 @@ class _Run:
         self._stop = stop
         self._headings = headings
         self._account: Account | None = None
+        self.cleanup = ExitStack()
 
     @cached_property
     def _trained(self) -> Trained:
@@ -156,7 +160,8 @@ class _Run:
             announce_offload(config.memory, files.transformer, compute, run, addition_key=key)
             account = Account(config, self._loaded.datasets, device=compute.device, records=self._measurements)
             self._account = account
-            vae = Vae(config, files=files, compute=compute, run=run)
+            encodes = any(map(encodes_while_training, self._loaded.datasets.images))
+            vae = Vae(config, files=files, compute=compute, run=run, is_needed_throughout=encodes)
             start, prompts, latents = self._fill_caches(account, files, vae, compute, start_step=start_step)
             requests, plan, sampler, total_steps = start.requests, start.plan, start.sampler, start.total_steps
             recipe = self._recipe(plan)
@@ -190,13 +195,17 @@ class _Run:
             validator.show_base()
             if start_step and config.validation.validation_on_startup:
                 validator.show(start_step)
-        batches = micro_batches(
-            sampler,
-            latents,
-            start=start_step * config.optimizer.gradient_accumulation_steps,
-            device=compute.device,
-            prefetch=config.data.dataloader_prefetch_qlen if config.data.dataloader_prefetch else 0,
-            sigma_offsets={one.id: one.timestep_sampling_offset for one in self._loaded.datasets.images},
+        batches = self.cleanup.enter_context(
+            closing(
+                micro_batches(
+                    sampler,
+                    latents,
+                    start=start_step * config.optimizer.gradient_accumulation_steps,
+                    device=compute.device,
+                    prefetch=config.data.dataloader_prefetch_qlen if config.data.dataloader_prefetch else 0,
+                    sigma_offsets={one.id: one.timestep_sampling_offset for one in self._loaded.datasets.images},
+                )
+            )
         )
 
         def validate(step: int) -> None:
@@ -250,7 +259,13 @@ class _Run:
             account.meter.enter("latents")
             try:
                 latents = fill_latent_cache(
-                    plan, config=config, datasets=datasets, files=files, vae=vae, compute=compute, run=self._run
+                    plan,
+                    config=config,
+                    datasets=datasets,
+                    vae=vae,
+                    compute=compute,
+                    run=self._run,
+                    cleanup=self.cleanup,
                 )
             except PlanAgainError:
                 start = plan_again(start, datasets, run=self._run)
@@ -458,7 +473,7 @@ def micro_batches(
     device: torch.device,
     prefetch: int,
     sigma_offsets: Mapping[str, float],
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch]:
     """This rank's micro-batches from number `start` on, without end, on `device`; `sigma_offsets` by dataset."""
     batches = iterate_batches(sampler, latents, start=start, prefetch=prefetch)
     for index, batch in enumerate(batches, start):

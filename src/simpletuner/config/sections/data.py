@@ -70,6 +70,12 @@ class DataSection(Section):
     vae_batch_size: Annotated[int, Ge(1), Opt(unit="images")] = 4
     """Images that the VAE encodes at once while it fills the cache."""
 
+    vae_cache_ondemand: Annotated[bool, Opt()] = False
+    """Encode an image when a batch first asks for it, not all before training. The VAE stays loaded."""
+
+    vae_cache_disable: Annotated[bool, Opt()] = False
+    """Write no latents to disk: encode while training, and keep them in memory as far as 1 GiB goes."""
+
     write_batch_size: Annotated[int, Ge(1), Opt(level="expert")] = 128
     """Cache entries that are written at once."""
 
