@@ -1,4 +1,4 @@
-"""Training from a bucket: the steps of a local folder, also when interrupted, and without the server once all is cached."""
+"""Training from a bucket: the steps of a local folder, also interrupted, and without the server once all is cached."""
 
 from __future__ import annotations
 
@@ -53,18 +53,17 @@ def use_bucket(project, url):
 
 
 def test_a_bucket_trains_like_a_folder_and_is_not_needed_once_all_is_cached(project, server):
-    assert project.run("train", "--output_dir", "local", "--max_train_steps", "8").returncode == 0
+    assert project.run("train", "--output_dir", "local").returncode == 0
     reference = project.losses(project.root / "local")
     use_bucket(project, fill_bucket(server, project.root / "datasets" / "subject"))
 
     first = project.run("train", "--max_train_steps", "3", BUCKET_SECRET=SECRET)
     assert first.returncode == 0, first.stderr
-    assert project.run("train", BUCKET_SECRET=SECRET).returncode == 0
     server.stop()
-    resumed = project.run("train", "--max_train_steps", "8", BUCKET_SECRET=SECRET)
+    resumed = project.run("train", BUCKET_SECRET=SECRET)
     assert resumed.returncode == 0, resumed.stderr
     losses = project.losses()
-    assert sorted(losses) == list(range(1, 9))
+    assert sorted(losses) == list(range(1, 7))
     assert losses == reference
 
     project.set_dataset(preserve_data_backend_cache=False)
