@@ -64,7 +64,7 @@ class CsvKeys(Section):
     csv_caption_column: Annotated[str, Opt()] = "caption"
     """With caption_strategy csv: the column of the captions."""
 
-    csv_cache_dir: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/urls/<id>")] = ""
+    csv_cache_dir: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/urls")] = ""
     """With type csv: folder that keeps the fetched images. {id}, {output_dir} and {model_family} are filled in."""
 
 
