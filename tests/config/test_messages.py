@@ -115,7 +115,7 @@ DATASETS = {
     "E-DATASET-KEY-MISSING": ([{"id": "a"}], ["a", "instance_data_dir"]),
     "E-DATASET-STORAGE": ([{**BASIC, "type": "webshart"}], ["a", "webshart", "local, aws, csv, huggingface"]),
     "E-DATASET-KIND": ([{**BASIC, "dataset_type": "video"}], ["a", "video"]),
-    "E-DATASET-NOT-YET": ([{**BASIC, "caption_shuffle": {"enable": True}}], ["a", "caption_shuffle"]),
+    "E-DATASET-NOT-YET": ([{**BASIC, "slider_strength": 0.5}], ["a", "slider_strength"]),
     "W-DATASET-NOT-YET": ([{**BASIC, "compress_cache": True}], ["a", "compress_cache"]),
     "E-DATASET-KEY": ([{**BASIC, "repeat": 2}], ["a", "repeat", "repeats"]),
     "E-DATASET-KEY-UNKNOWN": ([{**BASIC, "zzz": 2}], ["a", "zzz"]),

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from simpletuner.data.captions import BadCaption, CaptionFault, lacks_instance_prompt, read_captions
-from simpletuner.data.spec import CaptionSpec
+from simpletuner.data.spec import CaptionSpec, ShuffleSpec
 
 TEXTFILE = CaptionSpec(caption_strategy="textfile")
 
@@ -77,6 +77,21 @@ def test_instance_prompts() -> None:
     assert read_captions(image, only, {}) == ("sks",)
     prepended = CaptionSpec(prepend_instance_prompt=True, instance_prompts=("sks", "the"))
     assert read_captions(image, prepended, {}) == ("sks a dog", "the a dog")
+
+
+def test_captions_are_filtered_then_shuffled_and_the_instance_prompt_stays_in_front() -> None:
+    image = "masterpiece, one, two.png"
+    spec = CaptionSpec(
+        filters=("masterpiece",),
+        shuffle=ShuffleSpec(),
+        prepend_instance_prompt=True,
+        instance_prompts=("masterpiece by sks,",),
+    )
+    assert read_captions(image, spec, {}) == ("masterpiece by sks, one, two", "masterpiece by sks, two, one")
+    only = CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("sks, cat",), shuffle=ShuffleSpec())
+    assert read_captions(image, only, {}) == ("sks, cat", "cat, sks")
+    nothing = CaptionSpec(filters=("masterpiece, one, two",))
+    assert read_captions(image, nothing, {}) == BadCaption(key=image, fault=CaptionFault.FILTERED)
 
 
 def test_a_dataset_that_needs_an_instance_prompt_must_have_one() -> None:

@@ -115,7 +115,8 @@ def _check_datasets(loaded: LoadedConfig) -> None:
     from simpletuner.data.plan import folder_problems
     from simpletuner.train.start import dataset_spec
 
-    found = folder_problems([dataset_spec(dataset, loaded.config) for dataset in loaded.datasets.images])
+    embeds = loaded.datasets.text_embeds
+    found = folder_problems([dataset_spec(dataset, loaded.config, embeds) for dataset in loaded.datasets.images])
     if found:
         raise DatasetError([*found, *loaded.warnings])
 

@@ -105,7 +105,7 @@ class ParquetKeys(Section):
     """A parquet file with a row for each image."""
 
     path: Annotated[str, Opt(level="basic", holds="path", shown_default="required with parquet")] = ""
-    """The file."""
+    """The parquet file."""
 
     filename_column: Annotated[str, Opt()] = "filename"
     """The column of the images' names: a path inside the dataset, or a file name in any of its folders."""

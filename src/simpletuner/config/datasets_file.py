@@ -10,6 +10,8 @@ from typing import Literal
 
 from simpletuner.catalog.upstream import DATASET_UPSTREAM, Effect, asks_for_something
 from simpletuner.config.build import build_section, convert_setting
+from simpletuner.config.caption_filters import KEY as FILTERS_KEY
+from simpletuner.config.caption_filters import bad_filters, read_filters
 from simpletuner.config.dataset_rules import broken_dataset_rules
 from simpletuner.config.dataset_storages import StorageKeys, build_storage_keys, flattened
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset, TextEmbeds, dataset_options
@@ -17,6 +19,7 @@ from simpletuner.config.fields import Option
 from simpletuner.config.json_text import JsonDocument, parse_json, read_text, repeated_key_warnings
 from simpletuner.config.paths import fill_path, is_file, is_folder, path_exists, shown_path
 from simpletuner.config.root import Config
+from simpletuner.config.schedule_rules import uncovered
 from simpletuner.config.settings import Origin, OriginKind, Setting
 from simpletuner.config.storage_rules import broken_storage_rules
 from simpletuner.config.values import show
@@ -104,6 +107,7 @@ class _Reader:
             self._add("E-DATASETS-NONE", "", file=self._shown)
         text_embeds = self._choose_embeds(embeds, ids)
         self._check_references(images, text_embeds, ids)
+        self._check_schedules(images, ids)
         return self._result(DatasetsConfig(images=tuple(images), text_embeds=text_embeds, path=path))
 
     def _result(self, config: DatasetsConfig | None) -> DatasetsResult:
@@ -173,6 +177,10 @@ class _Reader:
                 continue
             if key == "skip_file_discovery" and isinstance(value, bool):
                 continue
+            if option.name == FILTERS_KEY:
+                value = self._filters(value, place, name)
+                if not value:
+                    continue
             origin = Origin(kind=OriginKind.FILE, place=self._place(place))
             setting, problem = convert_setting(Setting(key=key, value=value, origin=origin), option, self._environ)
             if problem is not None:
@@ -180,6 +188,14 @@ class _Reader:
             elif setting is not None:
                 found[option.name] = setting
         return found
+
+    def _filters(self, value: object, place: str, name: str) -> object:
+        """The entries of a list, or of the file that a text names."""
+        try:
+            return read_filters(value, self._cwd) if isinstance(value, str) and value.strip() else value
+        except ConfigError as error:
+            self._problems += (self._about(problem, place, name) for problem in error.problems)
+            return None
 
     def _foreign(self, key: str, value: object, place: str, name: str, declared: Mapping[str, Option]) -> None:
         """A key that is no option of the entry: known to upstream, a comment, or a mistake."""
@@ -248,6 +264,7 @@ class _Reader:
 
     def _embeds(self, settings: dict[str, Setting], pointer: str, name: str) -> TextEmbeds:
         built, problems = build_section(TextEmbeds, settings, dataset_options("text_embeds"))
+        problems += bad_filters(built.caption_filter_list)
         self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
         return self._placed(built)
 
@@ -277,6 +294,13 @@ class _Reader:
             if image.text_embeds is not None and image.text_embeds not in ids:
                 pointer = ids[image.id].removesuffix("/id") + "/text_embeds"
                 self._add("E-DATASET-REFERENCE", pointer, id=image.id, value=image.text_embeds, known=embeds.id)
+
+    def _check_schedules(self, images: Sequence[ImageDataset], ids: Mapping[str, str]) -> None:
+        length = self._config.run
+        problem = uncovered(images, epochs=length.num_train_epochs, steps=length.max_train_steps)
+        if problem is not None and not any(found.code == "E-DATASET-SCHEDULE" for found in self._problems):
+            pointer = ids[images[0].id]
+            self._problems.append(replace(problem, origin=self._place(pointer), path=pointer))
 
     def _about(self, problem: Problem, pointer: str, name: str) -> Problem:
         """A problem of an option, told as one of a dataset."""

@@ -17,7 +17,7 @@ FILES = {"en": "OPTIONS.md", "es": "OPTIONS.es.md"}
 
 def help_text(option: Option, language: str) -> str:
     """What an option does, in the reader's language; English is the declaration's own text."""
-    is_dataset = option.section in ("image", "text_embeds")
+    is_dataset = option.section.partition(".")[0] in ("image", "text_embeds")
     key = f"dataset.{option.section}.{option.name}.help" if is_dataset else f"option.{option.name}.help"
     return catalog(language).get(key, option.help)
 
@@ -91,7 +91,14 @@ def _section(key: str, chosen: Mapping[str, Option], language: str) -> list[str]
         told = (f"{label}: {fact}" if label else fact for label, fact in facts(option, language))
         level = text(f"option-level.{option.opt.level}", language)
         lines += ["", f"### `{option.name}`", "", help_text(option, language), "", f"*{' · '.join(told)} · {level}*"]
+        lines += ["", *(_part(part, language) for part in option.parts)] if option.parts else []
     return lines
+
+
+def _part(part: Option, language: str) -> str:
+    """One key of an object."""
+    told = (f"{label}: {fact}" if label else fact for label, fact in facts(part, language))
+    return f"- `{part.name}`: {help_text(part, language)} *{' · '.join(told)}*"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, SecretStr
@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 _OF_NUMBERS = ("type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 Level = Literal["basic", "advanced", "expert"]
-Kind = Literal["flag", "integer", "number", "text", "list"]
+Kind = Literal["flag", "integer", "number", "text", "list", "object"]
 Holds = Literal["text", "path", "location", "json", "prompts", "aspects", "secret"]
 
 
@@ -86,7 +86,8 @@ class Section(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One declared option, as the parsers and the reference see it. `low` and `high` are bounds such as ">= 1"."""
+    """One declared option, as the parsers and the reference see it. `bounds` such as ">= 1"; `parts`: the keys of an
+    object."""
 
     name: str
     section: str
@@ -98,12 +99,18 @@ class Option:
     bounds: tuple[str, ...]
     help: str
     opt: Opt
+    parts: tuple[Option, ...] = ()
 
 
 def describe(model: type[Section], section: str) -> tuple[Option, ...]:
-    """Every option that `model` declares, in order; not those of sections inside it."""
-    own = {name: info for name, info in model.model_fields.items() if not _is_section(info.annotation)}
+    """Every option that `model` declares, in order; a section inside it without an Opt(...) of its own is none."""
+    own = {name: info for name, info in model.model_fields.items() if info.metadata or not is_section(info.annotation)}
     return tuple(_describe_field(name, section, info) for name, info in own.items())
+
+
+def is_section(annotation: object) -> TypeGuard[type[Section]]:
+    """Whether a type is a group of options."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _describe_field(name: str, section: str, info: FieldInfo) -> Option:
@@ -123,11 +130,8 @@ def _describe_field(name: str, section: str, info: FieldInfo) -> Option:
         bounds=tuple(_bounds(info.metadata)),
         help=" ".join(info.description.split()),
         opt=opt,
+        parts=describe(bare, f"{section}.{name}") if is_section(bare) else (),
     )
-
-
-def _is_section(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _without_none(annotation: object) -> tuple[object, bool]:
@@ -145,6 +149,8 @@ def _kind_of(annotation: object) -> tuple[Kind, tuple[str, ...]]:
         return "text", tuple(str(a) for a in get_args(annotation))
     if get_origin(annotation) in (list, tuple):
         return "list", ()
+    if is_section(annotation):
+        return "object", ()
     simple: Mapping[object, Kind] = {
         bool: "flag",
         int: "integer",

@@ -6,9 +6,9 @@ import codecs
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import PurePosixPath
 from types import MappingProxyType
 
+from simpletuner.data.caption_variants import filter_captions, shuffle_captions
 from simpletuner.data.spec import CaptionSpec
 from simpletuner.data.storage import CAPTION_EXTENSION
 from simpletuner.data.tables import TableRow
@@ -22,6 +22,7 @@ class CaptionFault(str, Enum):
     MISSING = "missing"
     EMPTY = "empty"
     ENCODING = "encoding"
+    FILTERED = "filtered"
     NO_ROW = "no_row"
 
 
@@ -51,7 +52,7 @@ def needs_texts(spec: CaptionSpec) -> bool:
 
 def caption_key(image: str) -> str:
     """The key of the caption file that belongs to an image's."""
-    return str(PurePosixPath(image).with_suffix(CAPTION_EXTENSION))
+    return image[: image.rindex(".")] + CAPTION_EXTENSION
 
 
 def read_captions(
@@ -62,19 +63,21 @@ def read_captions(
     `image` is its key; `texts` are the caption files by key, if `needs_texts`; `rows` what a table says, if
     `needs_table`.
 
-    Several lines of a text file are several captions, unless `disable_multiline_split`. With
-    `prepend_instance_prompt` each instance prompt goes before each caption.
+    Several lines of a text file are several captions, unless `disable_multiline_split`. They are filtered, and each is
+    followed by its variants. With `prepend_instance_prompt` each instance prompt, as it is written, goes before each.
     """
     instance_prompts = _instance_prompts(spec)
-    if spec.only_instance_prompt or spec.caption_strategy == "instanceprompt":
-        return instance_prompts
-    if needs_table(spec):
-        captions = _from_table(image, rows)
-    elif needs_texts(spec):
-        captions = _from_text_file(image, spec, texts)
-    else:
-        captions = _from_file_name(image)
-    if isinstance(captions, BadCaption) or not spec.prepend_instance_prompt:
+    is_prompt = spec.only_instance_prompt or spec.caption_strategy == "instanceprompt"
+    captions = instance_prompts if is_prompt else _own_captions(image, spec, texts, rows)
+    if isinstance(captions, BadCaption):
+        return captions
+    if spec.filters:
+        captions = filter_captions(captions, spec.filters)
+        if not captions:
+            return BadCaption(key=image, fault=CaptionFault.FILTERED)
+    if spec.shuffle is not None:
+        captions = shuffle_captions(captions, spec.shuffle)
+    if is_prompt or not spec.prepend_instance_prompt:
         return captions
     return tuple(f"{prompt} {caption}" for prompt in instance_prompts for caption in captions)
 
@@ -83,8 +86,17 @@ def _instance_prompts(spec: CaptionSpec) -> tuple[str, ...]:
     return tuple(prompt.strip() for prompt in spec.instance_prompts if prompt.strip())
 
 
+def _own_captions(
+    image: str, spec: CaptionSpec, texts: Mapping[str, bytes], rows: Mapping[str, TableRow]
+) -> tuple[str, ...] | BadCaption:
+    if needs_table(spec):
+        return _from_table(image, rows)
+    return _from_text_file(image, spec, texts) if needs_texts(spec) else _from_file_name(image)
+
+
 def _from_file_name(image: str) -> tuple[str, ...] | BadCaption:
-    caption = PurePosixPath(image).stem.replace("_", " ").strip()
+    name = image[image.rfind("/") + 1 :]
+    caption = name[: name.rindex(".")].replace("_", " ").strip()
     if not caption:
         return BadCaption(key=image, fault=CaptionFault.EMPTY)
     try:

@@ -47,8 +47,8 @@ class OnDemandLatents(AbstractContextManager["OnDemandLatents"]):
     ) -> None:
         """
         Args:
-            directories: the cache directories of the datasets that keep their latents on disk; those of the others
-                stay in memory, as far as there is room.
+            directories: the cache directories of the datasets that keep their latents on disk. Those of the others
+                stay in memory as far as there is room, unless the dataset takes fresh crops: then they are not kept.
             cache_dir: where the index of known images is.
             write_batch_size: latents per file of a cache; what a killed run loses is at most that, and at most ten
                 seconds' work.
@@ -56,6 +56,7 @@ class OnDemandLatents(AbstractContextManager["OnDemandLatents"]):
         self._source = source
         self._cache_dir = cache_dir
         self._storages: dict[str, Storage] = {dataset.id: dataset.storage for dataset in datasets}
+        self._passing = frozenset(dataset.id for dataset in datasets if dataset.takes_fresh_crops)
         self._contents: dict[str, dict[str, str]] = {}
         with open_index(cache_dir) as index:
             for dataset in datasets:
@@ -103,7 +104,8 @@ class OnDemandLatents(AbstractContextManager["OnDemandLatents"]):
         (latent,) = encode_pixels([pixels], self._source.open(), [storage.shown(file.key)])
         if sample.dataset_id in self._writers:
             self._writers[sample.dataset_id][1].put(key, latent)
-        self._hold(key, latent)
+        if sample.dataset_id not in self._passing:
+            self._hold(key, latent)
         return latent
 
     def _learn(self, sample: Sample, storage: Storage, content_id: str) -> str:

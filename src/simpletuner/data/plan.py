@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from simpletuner.data.batching import TooFew, settle
 from simpletuner.data.captions import BadCaption, CaptionFault, lacks_instance_prompt, needs_texts, read_captions
 from simpletuner.data.discovery import Progress, Scan, read_texts, scan
 from simpletuner.data.geometry import fit
@@ -19,6 +21,7 @@ from simpletuner.data.image_index import ImageIndex, open_index
 from simpletuner.data.listings import keep_listing, kept_listing
 from simpletuner.data.records import (
     Bucket,
+    BucketSize,
     DatasetPlan,
     Dropped,
     DropReason,
@@ -29,7 +32,7 @@ from simpletuner.data.records import (
     Sample,
     Size,
 )
-from simpletuner.data.spec import DatasetSpec
+from simpletuner.data.spec import DatasetSpec, Sampling
 from simpletuner.data.storage import EXTENSIONS, Listing, LocalStorage, Storage, Unreadable
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.urls import UrlStorage
@@ -41,6 +44,7 @@ _FAULT_CODES = {
     CaptionFault.MISSING: "E-CAPTION-MISSING",
     CaptionFault.EMPTY: "E-CAPTION-EMPTY",
     CaptionFault.ENCODING: "E-CAPTION-ENCODING",
+    CaptionFault.FILTERED: "E-CAPTION-FILTERED",
     CaptionFault.NO_ROW: "E-CAPTION-ROW",
 }
 
@@ -53,6 +57,7 @@ def build_plan(
     cache_dir: Path,
     on_progress: Progress,
     max_workers: int | None = None,
+    sampling: Sampling = "auto-weighting",
 ) -> Plan:
     """Scan every dataset and return what a run will train on.
 
@@ -63,6 +68,7 @@ def build_plan(
         cache_dir: where the index of known images is kept.
         on_progress: called with (images looked at, images found), over all datasets.
         max_workers: processes that read images; None: as many as are useful.
+        sampling: what a dataset's share of the batches follows.
     Raises: DatasetError with every problem of every dataset.
     """
     problems: list[Problem] = []
@@ -89,7 +95,7 @@ def build_plan(
         problems.append(Problem(code="E-DATASET-NONE", params={"count": len(specs)}))
     if problems:
         raise DatasetError(problems)
-    return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets))
+    return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets, sampling), sampling=sampling)
 
 
 def has_kept_listing(spec: DatasetSpec, cache_dir: Path) -> bool:
@@ -124,11 +130,6 @@ def unreadable_warnings(plan: Plan) -> list[Problem]:
         _unreadable_problem(dataset.storage, dataset.unreadable, code="W-IMAGE-UNREADABLE", severity=Severity.WARNING)
         for dataset in by_place.values()
     ]
-
-
-def minimum_repeats(num_images: int, batch_size: int) -> int:
-    """The smallest `repeats` with which `num_images` of one bucket fill a batch."""
-    return -(-batch_size // num_images) - 1
 
 
 def _list_storages(
@@ -265,13 +266,18 @@ def _plan_dataset(
         for size, samples in sorted(by_size.items())
     )
     batch_size = spec.train_batch_size or batch_size
-    short = [bucket for bucket in buckets if len(bucket.samples) * (spec.repeats + 1) < batch_size]
-    if short:
-        return [_no_batch_problem(spec, buckets, short, batch_size)]
+    settled = settle(buckets, spec, batch_size)
+    if isinstance(settled, TooFew):
+        return [_no_batch_problem(spec, buckets, settled, batch_size)]
+    dropped += [
+        Dropped(key=sample.record.key, reason=DropReason.SHORT_BUCKET)
+        for bucket in settled.pruned
+        for sample in bucket.samples
+    ]
     return DatasetPlan(
         id=spec.id,
         storage=spec.storage,
-        buckets=buckets,
+        buckets=settled.buckets,
         repeats=spec.repeats,
         probability=spec.probability,
         is_regularisation=spec.is_regularisation_data,
@@ -279,6 +285,11 @@ def _plan_dataset(
         dropped=tuple(dropped),
         unreadable=found.unreadable,
         batch_size=spec.train_batch_size,
+        batch_mixing=spec.batch_mixing,
+        takes_fresh_crops=spec.takes_fresh_crops,
+        schedule=spec.schedule,
+        filled=settled.filled,
+        pruned=tuple(BucketSize(size=bucket.size, num_images=len(bucket.samples)) for bucket in settled.pruned),
     )
 
 
@@ -288,7 +299,7 @@ def _select(
     used: list[tuple[ImageRecord, Geometry]] = []
     dropped: list[Dropped] = []
     for record in records:
-        result = fit(record.size, spec.resize, seed=seed, content_id=record.key)
+        result = fit(record.size, spec.resize, seed=seed, key=record.key)
         if isinstance(result, DropReason):
             dropped.append(Dropped(key=record.key, reason=result))
         else:
@@ -301,10 +312,25 @@ def _select(
     return used, dropped
 
 
-def _fingerprint(datasets: Sequence[DatasetPlan]) -> str:
+def _settings(dataset: DatasetPlan) -> list[object]:
+    """What decides how the images of a dataset are used."""
+    return [
+        dataset.id,
+        dataset.repeats,
+        dataset.probability,
+        dataset.is_regularisation,
+        dataset.caption_dropout_probability,
+        dataset.batch_size,
+        dataset.batch_mixing,
+        dataset.takes_fresh_crops,
+        asdict(dataset.schedule),
+    ]
+
+
+def _fingerprint(datasets: Sequence[DatasetPlan], sampling: Sampling) -> str:
     content = [
         [
-            [d.id, d.repeats, d.probability, d.is_regularisation, d.caption_dropout_probability, d.batch_size],
+            _settings(d),
             [
                 [*_identity(s.record), s.geometry.target, s.geometry.intermediary, s.geometry.crop, s.captions]
                 for bucket in d.buckets
@@ -313,7 +339,7 @@ def _fingerprint(datasets: Sequence[DatasetPlan]) -> str:
         ]
         for d in datasets
     ]
-    return stable_hash("plan 2", json.dumps(content, separators=(",", ":")))
+    return stable_hash("plan 3", sampling, json.dumps(content, separators=(",", ":")))
 
 
 def _identity(record: ImageRecord) -> tuple[str, Size, int]:
@@ -324,10 +350,7 @@ def _identity(record: ImageRecord) -> tuple[str, Size, int]:
 def plan_parts(plan: Plan) -> PlanParts:
     """What the fingerprint of a plan is made of, each thing for itself: to say what has changed between two plans."""
     samples = [[s for bucket in d.buckets for s in bucket.samples] for d in plan.datasets]
-    settings = [
-        [d.id, d.repeats, d.probability, d.is_regularisation, d.caption_dropout_probability, d.batch_size]
-        for d in plan.datasets
-    ]
+    settings = [plan.sampling, *map(_settings, plan.datasets)]
 
     def fingerprint(*content: object) -> str:
         return stable_hash("plan part 2", json.dumps(content, separators=(",", ":")))
@@ -411,20 +434,17 @@ def _caption_problems(spec: DatasetSpec, bad: Sequence[BadCaption]) -> list[Prob
     return problems
 
 
-def _no_batch_problem(
-    spec: DatasetSpec, buckets: Sequence[Bucket], short: Sequence[Bucket], batch_size: int
-) -> Problem:
-    needed = minimum_repeats(min(len(bucket.samples) for bucket in short), batch_size)
-    return Problem(
-        code="E-DATASET-NO-BATCH",
-        params={
-            "id": spec.id,
-            "samples": sum(len(bucket.samples) for bucket in buckets),
-            "buckets": len(buckets),
-            "short": _names([f"{b.size[0]}x{b.size[1]}: {len(b.samples)}" for b in short]),
-            "repeats": spec.repeats,
-            "batch_size": batch_size,
-            "minimum_repeats": needed,
-        },
-        fixes=[Fix(key="repeats", value=needed)],
-    )
+def _no_batch_problem(spec: DatasetSpec, buckets: Sequence[Bucket], few: TooFew, batch_size: int) -> Problem:
+    params: dict[str, object] = {
+        "id": spec.id,
+        "samples": sum(len(bucket.samples) for bucket in buckets),
+        "buckets": len(buckets),
+        "short": _names([f"{b.size[0]}x{b.size[1]}: {b.num_images}" for b in few.short]),
+        "repeats": spec.repeats,
+        "batch_size": batch_size,
+        "minimum_repeats": few.minimum_repeats,
+    }
+    fixes = (Fix(key="repeats", value=few.minimum_repeats),)
+    if spec.batch_mixing == "packed":
+        return Problem(code="E-DATASET-NO-BATCH-PACKED", params=params, fixes=fixes)
+    return Problem(code="E-DATASET-NO-BATCH", params=params, fixes=(*fixes, Fix(key="batch_mixing", value="packed")))

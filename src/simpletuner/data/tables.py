@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from simpletuner.data.records import Size
 from simpletuner.data.storages.csv_table import missing_columns, read_rows
 from simpletuner.data.storages.errors import StorageError
 
 if TYPE_CHECKING:
+    from simpletuner.data.records import Size
     from simpletuner.data.storages.hub import HubStorage
     from simpletuner.data.storages.urls import UrlStorage
 

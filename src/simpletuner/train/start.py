@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
-from simpletuner.config.datasets import DatasetsConfig, ImageDataset
+from simpletuner.config.datasets import CaptionShuffle, DatasetsConfig, ImageDataset, TextEmbeds, takes_fresh_crops
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.plan import build_plan, has_kept_listing, unreadable_warnings
-from simpletuner.data.records import DropReason, Plan
+from simpletuner.data.records import DatasetPlan, DropReason, Plan, Size
 from simpletuner.data.sampler import Sampler
-from simpletuner.data.spec import AspectChoice, CaptionSpec, DatasetSpec, ResizeSpec
+from simpletuner.data.spec import AspectChoice, CaptionSpec, CropStyle, DatasetSpec, ResizeSpec, Schedule, ShuffleSpec
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.hub import HubStorage
 from simpletuner.data.storages.urls import UrlStorage
@@ -31,7 +32,7 @@ from simpletuner.events.types import (
     RunResumed,
     SettingOverridden,
 )
-from simpletuner.problems import ConfigError, DatasetError, Problem
+from simpletuner.problems import ConfigError, DatasetError, Problem, Severity
 from simpletuner.train.places import storage_of, table_of
 from simpletuner.train.resume import Checkpoint, choose_checkpoint, remove_unfinished
 from simpletuner.validation.requests import ImageRequest, plan_images, read_prompts
@@ -67,13 +68,16 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
     config = _with_seed(loaded.config, checkpoint, run)
     plan = scan_datasets(config, loaded.datasets, run)
     sampler = make_sampler(config, plan)
+    total_steps = total_updates(config, sampler)
+    for problem in idle_warnings(config, sampler, total_steps):
+        run.emit(ProblemReported(problem=problem))
     return Start(
         config=config,
         requests=requests,
         checkpoint=checkpoint,
         plan=plan,
         sampler=sampler,
-        total_steps=total_updates(config, sampler.batches_per_epoch),
+        total_steps=total_steps,
     )
 
 
@@ -85,14 +89,17 @@ def plan_again(start: Start, datasets: DatasetsConfig, *, run: RunRecorder) -> S
     """
     plan = scan_datasets(start.config, datasets, run)
     sampler = make_sampler(start.config, plan)
-    return replace(
-        start, plan=plan, sampler=sampler, total_steps=total_updates(start.config, sampler.batches_per_epoch)
-    )
+    return replace(start, plan=plan, sampler=sampler, total_steps=total_updates(start.config, sampler))
 
 
 def make_sampler(config: Config, plan: Plan) -> Sampler:
     """The order of training."""
-    return Sampler(plan, seed=config.run.seed, batch_size=config.optimizer.train_batch_size)
+    return Sampler(
+        plan,
+        seed=config.run.seed,
+        batch_size=config.optimizer.train_batch_size,
+        accumulation_steps=config.optimizer.gradient_accumulation_steps,
+    )
 
 
 def image_requests(config: Config) -> tuple[ImageRequest, ...]:
@@ -120,7 +127,7 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
     Raises:
         DatasetError: no usable image, a damaged file, a missing caption, a bucket that cannot fill a batch.
     """
-    specs = [dataset_spec(dataset, config) for dataset in datasets.images]
+    specs = [dataset_spec(dataset, config, datasets.text_embeds) for dataset in datasets.images]
     fetch_images(specs, Path(config.data.cache_dir), run)
     with run.phase("scan", unit="images") as progress:
         plan = build_plan(
@@ -130,23 +137,12 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
             cache_dir=Path(config.data.cache_dir),
             on_progress=lambda done, total: progress.update(done, total=total),
             max_workers=config.data.max_workers,
+            sampling=config.data.data_backend_sampling,
         )
     for problem in unreadable_warnings(plan):
         run.emit(ProblemReported(problem=problem))
     for dataset in plan.datasets:
-        buckets = [
-            BucketCount(width_px=b.size[0], height_px=b.size[1], num_samples=len(b.samples)) for b in dataset.buckets
-        ]
-        dropped = [DropCount(reason=r.value, num_images=dataset.count_dropped(r)) for r in DropReason]
-        run.emit(
-            DatasetPlanned(
-                dataset=dataset.id,
-                num_images=dataset.num_images,
-                num_samples=dataset.num_images * (dataset.repeats + 1),
-                buckets=tuple(buckets),
-                dropped=tuple(drop for drop in dropped if drop.num_images),
-            )
-        )
+        run.emit(_planned(dataset))
     return plan
 
 
@@ -169,9 +165,10 @@ def _tell(progress: PhaseProgress, done: int, total: int) -> None:
     progress.update(done, total=total)
 
 
-def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
-    """The options of one dataset as the data layer takes them."""
+def dataset_spec(dataset: ImageDataset, config: Config, embeds: TextEmbeds) -> DatasetSpec:
+    """The options of one dataset as the data layer takes them; `embeds` is the entry that caches its captions."""
     storage = storage_of(dataset, cache_dir=Path(config.data.cache_dir))
+    has_minimum = dataset.minimum_image_size is not None
     return DatasetSpec(
         id=dataset.id,
         storage=storage,
@@ -182,10 +179,11 @@ def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
             resolution=dataset.resolution,
             resolution_type=dataset.resolution_type,
             crop=dataset.crop,
-            crop_style=dataset.crop_style,
+            crop_style=cast("CropStyle", dataset.crop_style),
             crop_aspect=dataset.crop_aspect,
             crop_aspect_buckets=tuple(
-                AspectChoice(aspect=bucket.aspect, weight=bucket.weight) for bucket in dataset.crop_aspect_buckets
+                AspectChoice(aspect=bucket.aspect, weight=bucket.weight or 1.0)
+                for bucket in dataset.crop_aspect_buckets
             ),
             max_upscale_threshold=dataset.max_upscale_threshold,
             minimum_image_size=dataset.minimum_image_size,
@@ -202,6 +200,8 @@ def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
             prepend_instance_prompt=dataset.prepend_instance_prompt,
             only_instance_prompt=dataset.only_instance_prompt,
             disable_multiline_split=dataset.disable_multiline_split,
+            filters=(*dataset.caption_filter_list, *embeds.caption_filter_list),
+            shuffle=_shuffle(dataset.caption_shuffle, seed=config.run.seed),
         ),
         repeats=dataset.repeats,
         probability=dataset.probability,
@@ -209,27 +209,87 @@ def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
         caption_dropout_probability=dataset.caption_dropout_probability,
         max_num_samples=dataset.max_num_samples,
         train_batch_size=dataset.train_batch_size,
+        batch_mixing=dataset.batch_mixing,
+        takes_fresh_crops=takes_fresh_crops(dataset),
+        schedule=Schedule(
+            start_epoch=dataset.start_epoch,
+            start_step=dataset.start_step,
+            end_epoch=dataset.end_epoch,
+            end_step=dataset.end_step,
+            disable_after_epoch_step=dataset.disable_after_epoch_step,
+        ),
+        fills_short_buckets=config.data.allow_dataset_oversubscription and "repeats" not in dataset.model_fields_set,
+        prunes_short_buckets=has_minimum and not config.data.disable_bucket_pruning,
         skips_unreadable=dataset.unreadable_images == "skip",
     )
 
 
-def total_updates(config: Config, micro_batches_per_epoch: int) -> int:
+def total_updates(config: Config, sampler: Sampler) -> int:
     """Length of the run in optimizer updates.
 
     Raises:
-        ConfigError: it has none: fewer micro-batches than one accumulation window.
+        ConfigError: it has none: fewer micro-batches than one accumulation window; or its datasets end before it does.
     """
+    accumulation, epochs = config.optimizer.gradient_accumulation_steps, config.run.num_train_epochs
     if config.run.max_train_steps:
-        return config.run.max_train_steps
-    steps = config.run.num_train_epochs * micro_batches_per_epoch // config.optimizer.gradient_accumulation_steps
-    if steps == 0:
-        params = {
-            "epochs": config.run.num_train_epochs,
-            "batches": micro_batches_per_epoch,
-            "accumulation": config.optimizer.gradient_accumulation_steps,
-        }
+        batches: int | None = config.run.max_train_steps * accumulation
+    else:
+        batches = sampler.batches_before(epochs)
+    end = sampler.num_batches
+    if batches is None or (end is not None and batches > end):
+        assert end is not None, "only where datasets end is an epoch not whole"
+        length = f"max_train_steps {config.run.max_train_steps}" if batches else f"num_train_epochs {epochs}"
+        params: dict[str, object] = {"first": end // accumulation + 1, "length": length}
+        raise ConfigError(Problem(code="E-DATASETS-END", params=params, path="/data_backend_config"))
+    if batches < accumulation:
+        params = {"epochs": epochs, "batches": sampler.batches_per_epoch, "accumulation": accumulation}
         raise ConfigError(Problem(code="E-NO-STEPS", params=params, path="/num_train_epochs"))
-    return steps
+    return batches // accumulation
+
+
+def idle_warnings(config: Config, sampler: Sampler, total_steps: int) -> list[Problem]:
+    """One warning for each dataset that could be drawn but never is."""
+    idle = sampler.idle_datasets(total_steps * config.optimizer.gradient_accumulation_steps)
+    return [
+        Problem(code="W-DATASET-IDLE", severity=Severity.WARNING, params={"id": name, "steps": total_steps})
+        for name in idle
+    ]
+
+
+def _planned(dataset: DatasetPlan) -> DatasetPlanned:
+    dropped = [DropCount(reason=r.value, num_images=dataset.count_dropped(r)) for r in DropReason]
+    schedule = dataset.schedule
+    return DatasetPlanned(
+        dataset=dataset.id,
+        num_images=dataset.num_images,
+        num_samples=dataset.num_images * (dataset.repeats + 1),
+        buckets=tuple(_bucket_count(b.size, len(b.samples)) for b in dataset.buckets),
+        dropped=tuple(drop for drop in dropped if drop.num_images),
+        filled=tuple(_bucket_count(b.size, b.num_images) for b in dataset.filled),
+        pruned=tuple(_bucket_count(b.size, b.num_images) for b in dataset.pruned),
+        batch_mixing=dataset.batch_mixing,
+        start_epoch=schedule.start_epoch,
+        start_step=max(schedule.start_step, 1),
+        end_epoch=schedule.end_epoch,
+        end_step=schedule.end_step,
+        steps_of_epoch=schedule.disable_after_epoch_step,
+    )
+
+
+def _bucket_count(size: Size, num_images: int) -> BucketCount:
+    return BucketCount(width_px=size[0], height_px=size[1], num_samples=num_images)
+
+
+def _shuffle(options: CaptionShuffle | None, *, seed: int) -> ShuffleSpec | None:
+    if options is None or not options.enable:
+        return None
+    return ShuffleSpec(
+        count=options.count,
+        seed=seed if options.seed is None else options.seed,
+        split_on=options.split_on,
+        position_start=options.position_start,
+        include_original=options.include_original,
+    )
 
 
 def _with_seed(config: Config, checkpoint: Checkpoint | None, run: RunRecorder) -> Config:

@@ -193,15 +193,11 @@ class UrlStorage:
 
     def _fetch(self, row: _Row) -> None:
         """Fetch one image into its place, or note there that the server does not give it."""
-        place = self._place(row.url)
+        place, path = self._place(row.url), self._path(row)
 
         def attempt() -> None:
             try:
-                with (
-                    storage_problems(self.cache_dir),
-                    _explained(),
-                    replacing(self._path(row), durable=False) as stream,
-                ):
+                with storage_problems(self.cache_dir), _explained(), replacing(path, durable=False) as stream:
                     self._opened().get_file(row.url, stream)
             except _RefusedError as refused:
                 with storage_problems(self.cache_dir):
