@@ -111,7 +111,7 @@ def test_paths_are_filled_in_and_defaults_are_those_of_the_guide(with_datasets):
     (project.folder / "data").mkdir()
     urls, hub = project.load("--output_dir=out").datasets.images
     assert Path(urls.storage.csv.csv_file) == project.folder / "list.csv"
-    assert Path(urls.storage.csv.csv_cache_dir) == project.folder / "out/cache/urls/a"
+    assert Path(urls.storage.csv.csv_cache_dir) == project.folder / "out/cache/urls"
     assert (hub.storage.hub.dataset_name, hub.metadata_backend) == ("owner/name", "huggingface")
     local = with_datasets([{**HUB, "dataset_name": "data"}]).load().datasets.images[0]
     assert Path(local.storage.hub.dataset_name) == project.folder / "data"

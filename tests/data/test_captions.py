@@ -9,6 +9,7 @@ import pytest
 
 from simpletuner.data.captions import BadCaption, CaptionFault, lacks_instance_prompt, read_captions
 from simpletuner.data.spec import CaptionSpec, ShuffleSpec
+from simpletuner.data.tables import TableRow
 
 TEXTFILE = CaptionSpec(caption_strategy="textfile")
 
@@ -20,10 +21,20 @@ TEXTFILE = CaptionSpec(caption_strategy="textfile")
         ("sub/ñandú 猫.png", "ñandú 猫"),
         ("version.2_final.webp", "version.2 final"),
         ("_dog_.png", "dog"),
+        ("example.org/1f/black_cat", "black cat"),
     ],
 )
 def test_a_file_name_is_a_caption(name: str, caption: str) -> None:
     assert read_captions(name, CaptionSpec(), {}) == (caption,)
+
+
+@pytest.mark.parametrize("strategy", ["parquet", "csv", "huggingface"])
+def test_captions_of_a_table(strategy) -> None:
+    spec = CaptionSpec(caption_strategy=strategy, prepend_instance_prompt=True, instance_prompts=("sks",))
+    rows = {"a.jpg": TableRow(captions=("one", "two")), "b.jpg": TableRow(captions=())}
+    assert read_captions("a.jpg", spec, {}, rows) == ("sks one", "sks two")
+    assert read_captions("b.jpg", spec, {}, rows) == BadCaption(key="b.jpg", fault=CaptionFault.EMPTY)
+    assert read_captions("c.jpg", spec, {}, rows) == BadCaption(key="c.jpg", fault=CaptionFault.NO_ROW)
 
 
 def test_a_file_name_without_words_is_empty() -> None:

@@ -64,7 +64,7 @@ class CsvKeys(Section):
     csv_caption_column: Annotated[str, Opt()] = "caption"
     """With caption_strategy csv: the column of the captions."""
 
-    csv_cache_dir: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/urls/<id>")] = ""
+    csv_cache_dir: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/urls")] = ""
     """With type csv: folder that keeps the fetched images. {id}, {output_dir} and {model_family} are filled in."""
 
 
@@ -105,7 +105,7 @@ class ParquetKeys(Section):
     """A parquet file with a row for each image."""
 
     path: Annotated[str, Opt(level="basic", holds="path", shown_default="required with parquet")] = ""
-    """The file."""
+    """The parquet file."""
 
     filename_column: Annotated[str, Opt()] = "filename"
     """The column of the images' names: a path inside the dataset, or a file name in any of its folders."""

@@ -249,7 +249,7 @@ class _Reader:
         def filled(path: str) -> str:
             return fill_path(path, self._cwd) if path else ""
 
-        images = keys.csv.csv_cache_dir or f"{self._config.data.cache_dir}/urls/{{id}}"
+        images = keys.csv.csv_cache_dir or f"{self._config.data.cache_dir}/urls"
         csv = {"csv_file": filled(keys.csv.csv_file), "csv_cache_dir": self._cache_path(images, name)}
         dataset = filled(keys.hub.dataset_name)
         hub = {"dataset_name": dataset if path_exists(Path(dataset)) else keys.hub.dataset_name}

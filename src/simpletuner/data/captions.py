@@ -96,7 +96,8 @@ def _own_captions(
 
 def _from_file_name(image: str) -> tuple[str, ...] | BadCaption:
     name = image[image.rfind("/") + 1 :]
-    caption = name[: name.rindex(".")].replace("_", " ").strip()
+    stem = name[: name.rindex(".")] if "." in name else name  # the images of a table need no ending
+    caption = stem.replace("_", " ").strip()
     if not caption:
         return BadCaption(key=image, fault=CaptionFault.EMPTY)
     try:

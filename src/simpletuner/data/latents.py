@@ -27,7 +27,7 @@ from simpletuner.data.discovery import Progress, learn_contents, reason_of, reme
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.image_index import open_index
 from simpletuner.data.images import UnreadableImageError, cut, decode, without_decoder_warnings
-from simpletuner.data.records import TOLD, Geometry, Plan, Sample, Size
+from simpletuner.data.records import TOLD, Geometry, ImageRecord, Plan, Sample, Size
 from simpletuner.data.storage import ChangedFileError, FileInfo, Storage
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.store import TensorStore, Writer
@@ -65,6 +65,10 @@ class LatentSource:
     id: str
     """The `id` of what `open` returns, known without loading it."""
     open: Callable[[], LatentEncoder]
+
+
+class OtherSizeError(OSError):
+    """An image has not the size that a table tells."""
 
 
 class PlanAgainError(Exception):
@@ -277,7 +281,7 @@ def _task(sample: Sample, storages: Mapping[str, Storage]) -> _Picture:
         storage=storages[sample.dataset_id],
         file=record.file,
         geometry=sample.geometry,
-        told=record.size if record.traits == TOLD else None,
+        told=told_size(record),
     )
 
 
@@ -319,16 +323,25 @@ def _encode(
 
 def _decode(picture: _Picture) -> Pixels | _BadImage:
     try:
-        image = decode(picture.storage.read(picture.file))
-        if picture.told is not None and image.size != picture.told:
-            raise _OtherSizeError(0, f"{image.size[0]}x{image.size[1]}, not {picture.told[0]}x{picture.told[1]}")
-        return cut(image, picture.geometry)
+        return pixels_of(picture.storage.read(picture.file), picture.geometry, told=picture.told)
     except (UnreadableImageError, OSError) as error:
         return _BadImage(dataset_id=picture.dataset_id, storage=picture.storage, file=picture.file, error=error)
 
 
-class _OtherSizeError(OSError):
-    """An image has not the size that a table tells."""
+def pixels_of(data: bytes, geometry: Geometry, *, told: Size | None) -> Pixels:
+    """Return the training picture of an image file; `told` is the size that a table tells.
+
+    Raises: UnreadableImageError. OtherSizeError: a table was wrong.
+    """
+    image = decode(data)
+    if told is not None and image.size != told:
+        raise OtherSizeError(0, f"{image.size[0]}x{image.size[1]}, not {told[0]}x{told[1]}")
+    return cut(image, geometry)
+
+
+def told_size(record: ImageRecord) -> Size | None:
+    """The size of an image, if a table told it."""
+    return record.size if record.traits == TOLD else None
 
 
 def _stop_without_storage(bad: Sequence[_BadImage]) -> None:
@@ -376,8 +389,8 @@ def _failure_problems(bad: Sequence[_BadImage]) -> list[Problem]:
     """What to tell of files that could not be read."""
     problems: list[Problem] = []
     changed = [item.storage.shown(item.file.key) for item in bad if isinstance(item.error, ChangedFileError)]
-    other_sizes = [item for item in bad if isinstance(item.error, _OtherSizeError)]
-    failed = [item for item in bad if not isinstance(item.error, (ChangedFileError, _OtherSizeError))]
+    other_sizes = [item for item in bad if isinstance(item.error, OtherSizeError)]
+    failed = [item for item in bad if not isinstance(item.error, (ChangedFileError, OtherSizeError))]
     if failed:
         names = [f"{item.file.key} ({reason_of(item.error)})" for item in failed]
         params = {"count": len(names), "folder": failed[0].storage.id, "files": ", ".join(names)}

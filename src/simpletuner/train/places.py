@@ -47,7 +47,7 @@ def storage_of(dataset: ImageDataset, *, cache_dir: Path) -> Storage:
                 streaming=keys.reading.streaming,
                 num_proc=keys.reading.num_proc,
                 cache_dir=keys.reading.cache_dir,
-                stream_dir=cache_dir / "streams" / dataset.id,
+                stream_dir=cache_dir / "streams",
                 max_rows=dataset.max_num_samples,
             )
 

@@ -56,7 +56,7 @@ def serving(site: Site) -> Iterator[Site]:
                 self.send_error(fault)
                 return
             if fault == "sleep":
-                time.sleep(1.5)
+                time.sleep(1)
             body = site.files.get(path)
             status, headers = 200, {}
             if body is None and site.behind:

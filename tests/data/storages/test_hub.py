@@ -121,6 +121,17 @@ def test_a_stream_that_was_interrupted_goes_on(tmp_path, storage, monkeypatch):
     assert [found.read(file) for file in found.list_files().images] == IMAGES
 
 
+def test_a_stream_that_was_listed_is_read_without_its_source(tmp_path, storage):
+    source = as_parquet(tmp_path / "data")
+    listing = storage(source, streaming=True).list_files()
+    shutil.rmtree(source)
+    found = storage(source, streaming=True)
+    assert [found.read(file) for file in listing.images] == IMAGES
+    assert dict(found.captions())["000000005"] == ("caption 5",)
+    with pytest.raises(StorageError):
+        found.list_files()
+
+
 def test_of_a_stream_only_the_first_rows_are_taken(tmp_path, storage):
     source = as_parquet(tmp_path / "data")
     found = storage(source, streaming=True, max_rows=4)

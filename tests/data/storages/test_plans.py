@@ -180,22 +180,31 @@ def test_a_kept_listing_needs_no_server_and_sees_no_new_files(filled, site, gone
     assert told(caught.value) == ["E-STORAGE-NETWORK"]
 
 
-@pytest.mark.parametrize("when", ["listing", "header", "caption", "content"])
+@pytest.mark.parametrize(
+    ("when", "faults", "code"),
+    [
+        ("listing", [503, "cut"], "E-STORAGE-NETWORK"),
+        ("header", ["cut", 500], "E-STORAGE-NETWORK"),
+        ("caption", ["cut", 500], "E-STORAGE-NETWORK"),
+        ("content", [503, "cut"], "E-STORAGE-NETWORK"),
+        ("content", [403], "E-STORAGE-REFUSED"),
+    ],
+)
 def test_a_bucket_that_fails_half_way_ends_with_one_message_and_goes_on_later(
-    when, filled, site, plan_of, latents_of, told
+    when, faults, code, filled, site, plan_of, latents_of, told
 ):
     site.behind = filled.endpoint_url
     spec = spec_of(s3_of(filled, endpoint_url=site.url))
     name = {"listing": "", "caption": "/3.txt"}.get(when, "/3.jpg")
     path = f"/{filled.name}{name}"
     good = {"listing": 1, "content": 1}.get(when, 0)
-    site.faults = {path: [None] * good + [503, "cut"]}
+    site.faults = {path: [None] * good + faults}
     with pytest.raises(DatasetError) as caught:
         latents_of(plan_of(spec))
-    assert told(caught.value) == ["E-STORAGE-NETWORK"]
+    assert told(caught.value) == [code]
     (problem,) = caught.value.problems
     assert problem.params["id"] == "a"
-    assert problem.params["attempts"] == 2
+    assert name in str(problem.params["place"])
     plan = plan_of(spec)
     latents = latents_of(plan)
     assert len([latents.get(sample) for sample in plan.samples()]) == len(IMAGES)

@@ -12,6 +12,7 @@ from simpletuner.data.storage import ChangedFileError
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.patience import Patience
 from simpletuner.data.storages.urls import UrlStorage
+from simpletuner.problems import DatasetError
 
 QUICK = Patience(num_attempts=3, first_pause_s=0.01, timeout_s=0.3)
 
@@ -130,6 +131,23 @@ def test_a_copy_that_was_sent_to_another_process_reads_the_same(site, storage):
     copy = pickle.loads(pickle.dumps(found))
     assert copy == found
     assert copy.read(file) == b"one"
+
+
+def test_a_cache_directory_that_cannot_be_written(site, storage, tmp_path, told):
+    site.files["/a.jpg"] = b"one"
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DatasetError) as caught:
+        storage(f"{site.url}/a.jpg").list_files()
+    assert told(caught.value) == ["E-CACHE-NOT-WRITABLE"]
+
+
+def test_two_datasets_of_one_csv_fetch_it_once(site, storage):
+    site.files["/a.jpg"] = b"one"
+    first, second = (storage(f"{site.url}/a.jpg") for _ in range(2))
+    assert first.id == second.id
+    (file,) = first.list_files().images
+    assert second.read(file) == b"one"
+    assert site.asked["/a.jpg"] == 1
 
 
 def test_progress_counts_images(site, storage):

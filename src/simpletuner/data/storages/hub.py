@@ -57,16 +57,17 @@ class HubStorage:
     num_proc: int | None = None
     cache_dir: str | None = None
     stream_dir: Path
+    """Where streams are kept, each in a file of its own."""
     max_rows: int | None = None
     """Of a stream, only its first so many rows are taken."""
     _rows: Lazy[_Opened] = field(default_factory=Lazy, init=False, repr=False, compare=False)
 
     @property
     def id(self) -> str:
-        """hf://name@revision, split and column."""
+        """hf://name@revision, split and columns."""
         revision = f"@{self.revision}" if self.revision else ""
         first = f"[:{self.max_rows}]" if self.streaming and self.max_rows else ""
-        return f"hf://{self.dataset_name}{revision}#{self.split}{first}/{self.image_column}"
+        return f"hf://{self.dataset_name}{revision}#{self.split}{first}/{','.join(self._columns)}"
 
     @property
     def is_remote(self) -> bool:
@@ -129,10 +130,11 @@ class HubStorage:
         return f"{self.dataset_name}#{self.split}/{int(key)}"
 
     def captions(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """(key, captions) of every row. Raises StorageError."""
+        """(key, captions) of every row, of a stream as it was last listed. Raises StorageError."""
         assert self.caption_column is not None
         if self._is_streamed:
-            self._fill(lambda done, total: None)
+            if not self._store.path.exists():
+                self._fill(lambda done, total: None)
             for number, texts in self._store.captions():
                 yield _key(number), texts
             return
@@ -153,7 +155,7 @@ class HubStorage:
 
     @property
     def _store(self) -> RowStore:
-        return RowStore(self.stream_dir / "rows.sqlite")
+        return RowStore(self.stream_dir / f"{stable_hash('stream file 1', self.id)}.sqlite")
 
     @property
     def _columns(self) -> list[str]:
@@ -212,7 +214,7 @@ class HubStorage:
         """Keep what the stream has beyond what is kept already; return the stream's identity."""
         with self._explained():
             builder = self._builder()
-            identity = stable_hash("stream 1", self.id, self.caption_column or "", builder.hash or "")
+            identity = stable_hash("stream 1", self.id, builder.hash or "")
             done = self._store.begin(identity)
             counted = (builder.info.splits or {}).get(self.split)
             total = max(counted.num_examples if counted else 0, done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 _NUM_FETCHERS = 16
 _GIVE_UP_AFTER = 32
 """So many failures in a row mean that nothing can be reached."""
-_NAMES_IN_A_MESSAGE = 20
+_REASONS_IN_A_MESSAGE = 5
+_NAMES_IN_A_MESSAGE = 10
 _LONGEST_FETCH_S = 600.0
 _REFUSED = ".refused"
 _LATER = frozenset((408, 425, 429))
@@ -59,8 +61,8 @@ class UrlStorage:
 
     @property
     def id(self) -> str:
-        """The CSV's path and column."""
-        return f"{os.path.abspath(self.csv_file)}#{self.url_column}"  # noqa: PTH100
+        """The CSV's path and column, and where its images are kept."""
+        return f"{os.path.abspath(self.csv_file)}#{self.url_column} ({os.path.abspath(self.cache_dir)})"  # noqa: PTH100
 
     @property
     def is_remote(self) -> bool:
@@ -70,7 +72,9 @@ class UrlStorage:
     def prepare(self, on_progress: Callable[[int, int], None]) -> None:
         """Fetch what is not here yet; `on_progress` counts images.
 
-        Raises: StorageError: the CSV cannot be used, or images cannot be reached. What was fetched is kept.
+        Raises:
+            StorageError: the CSV cannot be used, or images cannot be reached. What was fetched is kept.
+            SimpletunerError: `cache_dir` cannot be written, or its disk is full.
         """
         rows = self._rows()
         settled = self._settled()
@@ -189,14 +193,15 @@ class UrlStorage:
 
     def _fetch(self, row: _Row) -> None:
         """Fetch one image into its place, or note there that the server does not give it."""
-        place = self._place(row.url)
+        place, path = self._place(row.url), self._path(row)
 
         def attempt() -> None:
             try:
-                with _explained(), replacing(self._path(row), durable=False) as stream:
+                with storage_problems(self.cache_dir), _explained(), replacing(path, durable=False) as stream:
                     self._opened().get_file(row.url, stream)
             except _RefusedError as refused:
-                write_atomic(place / f"{_name(row.url)}{_REFUSED}", str(refused), durable=False)
+                with storage_problems(self.cache_dir):
+                    write_atomic(place / f"{_name(row.url)}{_REFUSED}", str(refused), durable=False)
 
         with storage_problems(self.cache_dir):
             place.mkdir(parents=True, exist_ok=True)
@@ -241,10 +246,17 @@ def _explained() -> Iterator[None]:
 
 
 def _unreached(place: str, failed: list[tuple[_Row, StorageError]]) -> StorageError:
-    names = [f"{_shown_url(row.url)} ({error.reason})" for row, error in failed[:_NAMES_IN_A_MESSAGE]]
-    more = len(failed) - len(names)
-    files = ", ".join(names) + (f" (+{more})" if more else "")
-    return StorageError("E-STORAGE-URLS", place=place, params={"count": len(failed), "files": files})
+    """The error of images that could not be fetched, by reason."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for row, error in failed:
+        by_reason[error.reason].append(_shown_url(row.url))
+    told = [f"{_names(sorted(urls))} ({reason})" for reason, urls in sorted(by_reason.items())[:_REASONS_IN_A_MESSAGE]]
+    return StorageError("E-STORAGE-URLS", place=place, params={"count": len(failed), "files": "; ".join(told)})
+
+
+def _names(urls: list[str]) -> str:
+    more = len(urls) - _NAMES_IN_A_MESSAGE
+    return ", ".join(urls[:_NAMES_IN_A_MESSAGE]) + (f", +{more}" if more > 0 else "")
 
 
 def _row_of(text: str) -> _Row:
