@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 COMMIT = "a" * 40
 FILE = "data/train.parquet"
 IMAGES = [b"image %d" % number * 50 for number in range(9)]
-FAULTS = {"o/whole": [], "o/cut": ["cut"], "o/busy": [500], "o/closed": [403] * 99}
+FAULTS = {"o/cut": ["cut"], "o/busy": [500], "o/closed": [403] * 99}
 
 
 @pytest.fixture
