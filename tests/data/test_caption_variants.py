@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from simpletuner.catalog.caption_filters import BadFilterError, filtered, parse_filter
 from simpletuner.data.caption_variants import filter_captions, shuffle_captions, variants
+from simpletuner.data.hashing import draw_many
 from simpletuner.data.spec import ShuffleSpec
 
 TAGS = st.lists(st.text("abcdef", min_size=1, max_size=4), min_size=1, max_size=7, unique=True)
@@ -99,3 +100,19 @@ def test_a_caption_that_no_filter_concerns_stays_as_it_is(caption: str) -> None:
 
 def test_a_caption_of_which_nothing_is_left_is_none() -> None:
     assert filter_captions(["a cat", "masterpiece", "a dog"], ["masterpiece", "s/dog/cow/"]) == ("a cat", "a cow")
+
+
+def test_orders_are_the_same_on_every_platform_and_version() -> None:
+    assert variants("a, b, c, d, e", ShuffleSpec(count=2, seed=42)) == (
+        "a, b, c, d, e",
+        "b, a, e, d, c",
+        "a, c, d, b, e",
+    )
+
+
+def test_many_draws_are_independent_and_their_beginning_does_not_depend_on_how_many() -> None:
+    assert draw_many(3, "a", 1) == draw_many(5, "a", 1)[:3]
+    assert draw_many(0, "a") == ()
+    found = [number for place in range(200) for number in draw_many(5, "a", place)]
+    assert len(set(found)) == 1000
+    assert abs(sum(found) / len(found) / 2**64 - 0.5) < 0.05

@@ -98,6 +98,14 @@ def test_a_timeline_without_schedules_repeats_one_epoch() -> None:
     assert line.place(10**12).drawn == (10**12 // 9 * 6, 10**12 // 9 * 3)
 
 
+def test_far_ends_cost_nothing() -> None:
+    line = timeline((7, Schedule(end_step=10**12)), (5, Schedule(disable_after_epoch_step=2)), (3, ALWAYS))
+    place = line.place(10**12 - 1)
+    assert place.part.counts[0] > 0
+    assert line.place(10**12).part.counts[0] == 0
+    assert sum(place.drawn) + place.position == 10**12 - 1
+
+
 def test_a_dataset_that_joins_within_an_epoch_has_its_share_of_the_rest() -> None:
     line = timeline((100, ALWAYS), (300, Schedule(start_step=51)))
     assert present(line, 49) == {0}

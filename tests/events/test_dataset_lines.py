@@ -60,9 +60,15 @@ def test_too_few_of_a_shape_are_named(story, language, pruned, filled):
 
 
 @pytest.mark.parametrize(
-    ("language", "row"), [("en", "40 steps (2 epochs of 20)"), ("es", "40 pasos (2 épocas de 20)")]
+    ("language", "epochs", "steps", "row"),
+    [
+        ("en", 2, 20, "40 steps (2 epochs of 20)"),
+        ("es", 2, 20, "40 pasos (2 épocas de 20)"),
+        ("en", 1, 300, "40 steps (1 epoch of 300)"),
+        ("en", 1, 40, "40 steps (1 epoch) "),
+    ],
 )
-def test_the_banner_counts_the_steps_of_an_epoch(story, language, row):
+def test_the_banner_counts_the_steps_of_an_epoch(story, language, epochs, steps, row):
     plan = next(record for record in story if isinstance(record.event, t.RunPlanned))
-    told = Narrator(language).tell(replace(plan, event=replace(plan.event, num_epochs=2, steps_per_epoch=20)))
+    told = Narrator(language).tell(replace(plan, event=replace(plan.event, num_epochs=epochs, steps_per_epoch=steps)))
     assert any(line.text.startswith(row) for line in told)

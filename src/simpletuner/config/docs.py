@@ -49,6 +49,12 @@ def facts(option: Option, language: str) -> Iterator[tuple[str, str]]:
         yield text("reference.aliases", language), ", ".join(option.opt.aliases)
 
 
+def part_text(part: Option, language: str) -> str:
+    """What one key of an object does, and what is known about it."""
+    told = (f"{label}: {fact}" if label else fact for label, fact in facts(part, language))
+    return f"{help_text(part, language)} ({', '.join(told)})"
+
+
 def reference(language: str) -> str:
     """The whole page."""
     lines = [
@@ -91,14 +97,10 @@ def _section(key: str, chosen: Mapping[str, Option], language: str) -> list[str]
         told = (f"{label}: {fact}" if label else fact for label, fact in facts(option, language))
         level = text(f"option-level.{option.opt.level}", language)
         lines += ["", f"### `{option.name}`", "", help_text(option, language), "", f"*{' · '.join(told)} · {level}*"]
-        lines += ["", *(_part(part, language) for part in option.parts)] if option.parts else []
+        lines += (
+            ["", *(f"- `{part.name}`: {part_text(part, language)}" for part in option.parts)] if option.parts else []
+        )
     return lines
-
-
-def _part(part: Option, language: str) -> str:
-    """One key of an object."""
-    told = (f"{label}: {fact}" if label else fact for label, fact in facts(part, language))
-    return f"- `{part.name}`: {help_text(part, language)} *{' · '.join(told)}*"
 
 
 if __name__ == "__main__":

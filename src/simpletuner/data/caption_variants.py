@@ -7,9 +7,10 @@ embedding can be cached; images with the same caption share it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from simpletuner.catalog.caption_filters import filtered, parse_filter
-from simpletuner.data.hashing import draw
+from simpletuner.data.hashing import draw_many
 from simpletuner.data.spec import ShuffleSpec
 
 _JOINTS = {"comma": (",", ", "), "space": (None, " "), "period": (".", ". ")}
@@ -28,6 +29,7 @@ def shuffle_captions(captions: Iterable[str], spec: ShuffleSpec) -> tuple[str, .
     return tuple(dict.fromkeys(text for caption in captions for text in variants(caption, spec)))
 
 
+@lru_cache(maxsize=4096)
 def variants(caption: str, spec: ShuffleSpec) -> tuple[str, ...]:
     """`spec.count` distinct orders of a caption's tags, as far as there are as many, none of them its own; before them
     the caption itself if it is included. One with fewer than two tags to move stays alone."""
@@ -41,7 +43,7 @@ def variants(caption: str, spec: ShuffleSpec) -> tuple[str, ...]:
     for attempt in range(spec.count * _DRAWS_PER_VARIANT):
         if len(found) == spec.count:
             break
-        keys = [draw(spec.seed, "tags", caption, attempt, place) for place in range(len(free))]
+        keys = draw_many(len(free), spec.seed, "tags", caption, attempt)
         moved = tuple(free[place] for place in sorted(range(len(free)), key=keys.__getitem__))
         if moved != tuple(free):
             found[moved] = None

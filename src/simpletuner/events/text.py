@@ -368,7 +368,7 @@ def _banner(plan: t.RunPlanned, output_dir: str, language: str) -> list[str]:
     if plan.memory_free_bytes:
         device += f" ({text('console.free', language, size=formats.size(plan.memory_free_bytes, language))})"
     epochs = plural("epochs", plan.num_epochs, language)
-    if plan.num_epochs > 1 and plan.steps_per_epoch is not None:
+    if plan.steps_per_epoch not in (None, plan.total_steps):
         epochs = text("console.per_epoch", language, epochs=epochs, n=plan.steps_per_epoch)
     steps = [f"{plural('steps', plan.total_steps, language)} ({epochs})"]
     if plan.start_step:
