@@ -74,7 +74,7 @@ def build_plan(
     found = find_images(specs, cache_dir=cache_dir, on_progress=on_progress, max_workers=max_workers)
     datasets, problems = plan_datasets(specs, found, seed=seed, batch_size=batch_size)
     if problems:
-        raise DatasetError(problems)
+        raise DatasetError([*problems, *_skipped_warnings(specs, found.scans)])
     return make_plan(datasets, sampling)
 
 
@@ -423,14 +423,26 @@ def _names(names: Sequence[str]) -> str:
 
 def _unreadable_problems(specs: Sequence[DatasetSpec], scans: Mapping[str, Scan]) -> list[Problem]:
     """Errors for images that cannot be read: where a dataset does not skip them, or where they are all there is."""
-    problems: dict[str, Problem] = {}
-    for spec in specs:
-        found = scans.get(spec.storage.id)
-        if found is not None and found.unreadable and not (spec.skips_unreadable and found.records):
-            problems[spec.storage.id] = _unreadable_problem(
-                found.storage, found.unreadable, code="E-IMAGE-UNREADABLE", severity=Severity.ERROR
-            )
-    return list(problems.values())
+    return [
+        _unreadable_problem(found.storage, found.unreadable, code="E-IMAGE-UNREADABLE", severity=Severity.ERROR)
+        for found in scans.values()
+        if found.unreadable and not _skips(specs, found)
+    ]
+
+
+def _skipped_warnings(specs: Sequence[DatasetSpec], scans: Mapping[str, Scan]) -> list[Problem]:
+    """What to say beside errors of those that would have been left out."""
+    return [
+        _unreadable_problem(found.storage, found.unreadable, code="W-IMAGE-UNREADABLE", severity=Severity.WARNING)
+        for found in scans.values()
+        if found.unreadable and _skips(specs, found)
+    ]
+
+
+def _skips(specs: Sequence[DatasetSpec], found: Scan) -> bool:
+    """Whether all datasets of a storage leave out what cannot be read, and something is left."""
+    users = (spec for spec in specs if spec.storage.id == found.storage.id)
+    return bool(found.records) and all(spec.skips_unreadable for spec in users)
 
 
 def _unreadable_problem(
