@@ -195,7 +195,7 @@ def test_a_configuration_that_is_wrong_is_told_as_data_too(tmp_path: Path, repor
     for action in ("scan", "buckets", "captions", "cache"):
         data = report(action, str(datasets), status=ExitCode.USAGE)
         assert list(data) == ["problems"]
-        assert [problem["path"] for problem in data["problems"]] == ["/0/repeats"]
+        assert "/0/repeats" in {problem["path"] for problem in data["problems"]}
 
 
 def test_a_place_that_is_not_there_does_not_hide_the_others(tmp_path: Path, report: Callable[..., Any]) -> None:
