@@ -26,7 +26,7 @@ from simpletuner.cli import convert, extract, generate, inspect, merge, plot, re
 from simpletuner.cli.help import explain
 from simpletuner.cli.main import COMMANDS
 from simpletuner.config.argv import parse_arguments
-from simpletuner.config.datasets import dataset_options
+from simpletuner.config.datasets import every_dataset_key
 from simpletuner.config.load import load_run_config
 from simpletuner.config.lycoris import LYCORIS_KEYS, read_lycoris
 from simpletuner.config.names import meaning_of
@@ -255,7 +255,7 @@ def test_names_in_the_text_are_options_or_keys(page: Path):
     others |= {field.name for event in event_types.EVENTS.values() for field in fields(event)}
     others |= {"dora_scale", *LYCORIS_KEYS}
     arguments = {argument.name for row in OPTIMIZERS.values() for argument in row.arguments}
-    known = {*options(), *dataset_options("image"), *dataset_options("text_embeds"), *OPTIMIZERS, *arguments, *others}
+    known = {*options(), *every_dataset_key(), *OPTIMIZERS, *arguments, *others}
     known |= {spelling for spelling, _ in OPTIMIZER_SPELLINGS}
     known |= {choice for option in options().values() for choice in option.choices}
     aliases = {alias for option in options().values() for alias in option.opt.aliases}

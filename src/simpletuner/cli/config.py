@@ -77,7 +77,8 @@ def _show(words: list[str], language: str) -> int:
     for line in value_lines(loaded, language, with_origin=with_origin, only_changed=only_changed):
         print(line)
     print(f"\n# {text('config.datasets', language, file=shown_path(loaded.datasets.path, Path.cwd()))}")
-    for dataset in loaded.datasets.images:
+    datasets = loaded.datasets
+    for dataset in (*datasets.images, *datasets.evals, *datasets.masks):
         print(f"{dataset.id}: {dataset.instance_data_dir}")
     return 0
 
@@ -114,7 +115,8 @@ def _check_datasets(loaded: LoadedConfig) -> None:
     from simpletuner.data.plan import folder_problems
     from simpletuner.train.start import dataset_spec
 
-    found = folder_problems([dataset_spec(dataset, loaded.config) for dataset in loaded.datasets.images])
+    pictures = (*loaded.datasets.images, *loaded.datasets.evals)
+    found = folder_problems([dataset_spec(dataset, loaded.config) for dataset in pictures])
     if found:
         raise DatasetError([*found, *loaded.warnings])
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
-from simpletuner.config.datasets import ImageDataset
+from simpletuner.config.datasets import CONDITIONING_TYPES, ImageDataset
 from simpletuner.config.placeholder import SUBJECT_PLACEHOLDER, has_placeholder
 from simpletuner.config.size_rules import DATASET_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
 from simpletuner.problems import Fix, Problem, Severity
+
+_CONDITIONING_KEYS = frozenset(("conditioning_type", "source_dataset_id"))
+_TRAINING_KEYS = frozenset(
+    (
+        "repeats",
+        "probability",
+        "is_regularisation_data",
+        "train_batch_size",
+        "caption_dropout_probability",
+        "timestep_sampling_offset",
+    )
+)
+IDLE_KEYS: Mapping[str, frozenset[str]] = {
+    "image": _CONDITIONING_KEYS,
+    "eval": _CONDITIONING_KEYS | _TRAINING_KEYS,
+    "conditioning": _TRAINING_KEYS | {"conditioning_data"},
+}
+"""dataset_type -> keys that say nothing in such an entry."""
 
 SIZE_KEYS = ("resolution", "resolution_type", "maximum_image_size", "target_downsample_size")
 
@@ -15,17 +33,47 @@ SIZE_KEYS = ("resolution", "resolution_type", "maximum_image_size", "target_down
 def broken_dataset_rules(dataset: ImageDataset, *, written: frozenset[str]) -> Iterator[Problem]:
     """The problems of one dataset; their paths name keys. `written` are the keys of the entry itself: what is wrong
     with inherited sizes or an inherited prompt alone is told once, for the run."""
-    checks: tuple[Callable[[ImageDataset], Problem | None], ...] = (_prompt, _aspects, _aspect_range)
-    for check in checks:
+    checks: tuple[Callable[[ImageDataset], Problem | None], ...] = (_prompt, _aspects, _aspect_range, _one_mask)
+    yield from _idle(dataset, written)
+    for check in checks if dataset.dataset_type != "conditioning" else (_conditioning,):
         problem = check(dataset)
         if problem is not None:
             yield problem
+    if dataset.dataset_type == "conditioning":  # sizes and prompts are those of the images
+        return
     problem = _sizes(dataset) if written & set(SIZE_KEYS) else None
     if problem is not None:
         yield problem
     if "instance_prompt" in written and any(map(has_placeholder, dataset.instance_prompt)):
         params = {"key": "instance_prompt", "text": SUBJECT_PLACEHOLDER}
         yield Problem(code="W-PLACEHOLDER", severity=Severity.WARNING, params=params, path="/instance_prompt")
+
+
+def _idle(dataset: ImageDataset, written: frozenset[str]) -> Iterator[Problem]:
+    """What an entry says that an entry of its kind has no use for."""
+    keys = sorted(
+        key
+        for key in written & IDLE_KEYS[dataset.dataset_type]
+        if getattr(dataset, key) != ImageDataset.model_fields[key].default
+    )
+    if keys:
+        params = {"id": dataset.id, "keys": ", ".join(keys), "kind": dataset.dataset_type}
+        yield Problem(code="W-DATASET-KEYS-IDLE", severity=Severity.WARNING, params=params, path=f"/{keys[0]}")
+
+
+def _conditioning(dataset: ImageDataset) -> Problem | None:
+    if dataset.conditioning_type in CONDITIONING_TYPES:
+        return None
+    params = {"id": dataset.id, "value": dataset.conditioning_type or "-"}
+    fixes = (Fix(key="conditioning_type", value=CONDITIONING_TYPES[0]),)
+    return Problem(code="E-CONDITIONING-TYPE", params=params, path="/conditioning_type", fixes=fixes)
+
+
+def _one_mask(dataset: ImageDataset) -> Problem | None:
+    if len(dataset.conditioning_data) < 2:
+        return None
+    params = {"id": dataset.id, "value": ", ".join(dataset.conditioning_data)}
+    return Problem(code="E-CONDITIONING-MANY", params=params, path="/conditioning_data")
 
 
 def _sizes(dataset: ImageDataset) -> Problem | None:
