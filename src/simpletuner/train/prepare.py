@@ -11,10 +11,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from simpletuner.config.datasets import DatasetsConfig
+from simpletuner.config.datasets import DatasetsConfig, TextEmbeds
 from simpletuner.config.root import Config
 from simpletuner.data.latents import LatentSource, LatentStore, cache_latents
-from simpletuner.data.prompts import PromptSource, PromptStore, cache_prompts
+from simpletuner.data.prompts import PromptGroup, PromptSource, PromptStore, cache_prompts
 from simpletuner.data.records import Plan
 from simpletuner.events.progress import Reporter
 from simpletuner.hardware.process_memory import return_free_memory
@@ -25,8 +25,6 @@ from simpletuner.models.z_image.vae import LatentCodec, codec_id, codec_pieces, 
 from simpletuner.quant.build import quantiser
 from simpletuner.train.device import Compute
 from simpletuner.train.offload import TextEncoderStream, vae_is_offloaded
-
-_PROMPTS_PER_CALL = 4
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -40,16 +38,37 @@ class _Identified(Generic[_In, _Out]):
     encode: Callable[[_In], _Out]
 
 
+def prompt_group(prompts: Iterable[str], embeds: TextEmbeds) -> PromptGroup:
+    """Prompts that are cached where an entry says."""
+    return PromptGroup(
+        prompts=prompts,
+        directory=Path(embeds.cache_dir) if embeds.is_kept else None,
+        batch_size=embeds.text_encoder_batch_size,
+        write_batch_size=embeds.write_batch_size,
+    )
+
+
+def prompt_groups(plan: Plan, datasets: DatasetsConfig, more: Iterable[str] = ()) -> list[PromptGroup]:
+    """The captions of a plan, those of each dataset where it says. First what the default entry caches, with `more`:
+    prompts of no dataset."""
+    by_entry: dict[str, set[str]] = {datasets.text_embeds.id: set(more)}
+    entries = {entry.id: entry for entry in (datasets.text_embeds, *datasets.other_text_embeds)}
+    declared = {dataset.id: dataset for dataset in (*datasets.images, *datasets.evals)}
+    for dataset in plan.datasets:
+        entry = datasets.embeds_of(declared[dataset.id])
+        by_entry.setdefault(entry.id, set()).update(Plan(datasets=(dataset,), fingerprint="").prompts())
+    return [prompt_group(prompts, entries[name]) for name, prompts in by_entry.items() if prompts]
+
+
 def fill_prompt_cache(
-    prompts: Iterable[str],
+    groups: Sequence[PromptGroup],
     *,
     config: Config,
-    datasets: DatasetsConfig,
     files: PipelineFiles,
     compute: Compute,
     run: Reporter,
 ) -> PromptStore:
-    """Embeddings of all `prompts`; the text encoder is loaded only if one is missing."""
+    """Embeddings of all prompts; the text encoder is loaded only if one is missing."""
     dtype, max_tokens = compute.weights, config.model.tokenizer_max_length
     precision = config.memory.text_encoder_precision
 
@@ -74,12 +93,9 @@ def fill_prompt_cache(
     )
     with run.phase("prompts", unit="prompts") as progress:
         store = cache_prompts(
-            prompts,
+            groups,
             PromptSource(id=identity, open=open_encoder),
-            directory=Path(datasets.text_embeds.cache_dir),
-            batch_size=_PROMPTS_PER_CALL,
             on_progress=lambda done, total: progress.update(done, total=total),
-            write_batch_size=datasets.text_embeds.write_batch_size,
         )
     free_memory(compute.device)
     return store

@@ -54,7 +54,7 @@ from simpletuner.train.images import Validator
 from simpletuner.train.loop import Ending, LoopSettings, run_loop
 from simpletuner.train.offload import announce_offload
 from simpletuner.train.oom import is_out_of_memory, out_of_memory
-from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache, free_memory
+from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache, free_memory, prompt_groups
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
 from simpletuner.train.start import Start
@@ -168,9 +168,8 @@ class _Run:
             )
             account.meter.enter("prompts")
             prompts = fill_prompt_cache(
-                self._all_prompts(plan, requests),
+                prompt_groups(plan, self._loaded.datasets, self._prompts_of(requests)),
                 config=config,
-                datasets=self._loaded.datasets,
                 files=files,
                 compute=compute,
                 run=run,
@@ -335,8 +334,9 @@ class _Run:
             )
         )
 
-    def _all_prompts(self, plan: Plan, requests: Sequence[ImageRequest]) -> list[str]:
-        prompts = set(plan.prompts()) | {request.prompt.text for request in requests}
+    def _prompts_of(self, requests: Sequence[ImageRequest]) -> list[str]:
+        """What images are made from."""
+        prompts = {request.prompt.text for request in requests}
         if requests and self._config.validation.validation_guidance > 0:
             prompts.add(self._config.validation.validation_negative_prompt)
         return sorted(prompts)
