@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from simpletuner.data.latents import LatentSource, LatentStore, cache_latents
+from simpletuner.data.latents import LatentSource, LatentStore, cache_latents, learn_latent_keys
 from simpletuner.data.plan import build_plan
 from simpletuner.data.records import Plan
 from simpletuner.data.spec import DatasetSpec, ResizeSpec
+from simpletuner.data.storage import LocalStorage
 
 NUM_IMAGES = 60
 MIN_KILLED = 20
@@ -77,7 +78,7 @@ def outlives(child: int, seconds: float) -> bool:
 
 
 def plan_of(images: Path, cache_dir: Path) -> Plan:
-    spec = DatasetSpec(id="all", instance_data_dir=images, resize=ResizeSpec(resolution=64))
+    spec = DatasetSpec(id="all", storage=LocalStorage(folder=images), resize=ResizeSpec(resolution=64))
     return build_plan([spec], batch_size=1, seed=1, cache_dir=cache_dir, on_progress=lambda done, total: None)
 
 
@@ -86,9 +87,12 @@ def cache(plan: Plan, cache_dir: Path, *, may_encode: bool = True) -> LatentStor
         assert may_encode, "everything should be there"
         return SlowEncoder()
 
+    keys = learn_latent_keys(plan, "slow", cache_dir=cache_dir, on_progress=lambda done, total: None)
     return cache_latents(
         plan,
         LatentSource(id="slow", open=open_encoder),
+        keys,
+        cache_dir=cache_dir,
         directory_of=lambda _: cache_dir / "vae",
         batch_size=4,
         write_batch_size=6,

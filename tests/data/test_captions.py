@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -24,17 +23,17 @@ TEXTFILE = CaptionSpec(caption_strategy="textfile")
     ],
 )
 def test_a_file_name_is_a_caption(name: str, caption: str) -> None:
-    assert read_captions(Path(name), CaptionSpec()) == (caption,)
+    assert read_captions(name, CaptionSpec(), {}) == (caption,)
 
 
 def test_a_file_name_without_words_is_empty() -> None:
-    assert read_captions(Path("___.png"), CaptionSpec()) == BadCaption(path=Path("___.png"), fault=CaptionFault.EMPTY)
+    assert read_captions("___.png", CaptionSpec(), {}) == BadCaption(key="___.png", fault=CaptionFault.EMPTY)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="names are always text on Windows")
 def test_a_file_name_that_is_not_text_is_named() -> None:
-    image = Path(os.fsdecode(b"caf\xe9.png"))
-    assert read_captions(image, CaptionSpec()) == BadCaption(path=image, fault=CaptionFault.ENCODING)
+    image = os.fsdecode(b"caf\xe9.png")
+    assert read_captions(image, CaptionSpec(), {}) == BadCaption(key=image, fault=CaptionFault.ENCODING)
 
 
 @pytest.mark.parametrize(
@@ -47,15 +46,13 @@ def test_a_file_name_that_is_not_text_is_named() -> None:
         ("a line separator\u2028is no new line".encode(), ("a line separator\u2028is no new line",)),
     ],
 )
-def test_each_line_of_a_text_file_is_a_caption(tmp_path: Path, data: bytes, captions: tuple[str, ...]) -> None:
-    (tmp_path / "v1.0 image.txt").write_bytes(data)
-    assert read_captions(tmp_path / "v1.0 image.jpg", TEXTFILE) == captions
+def test_each_line_of_a_text_file_is_a_caption(data: bytes, captions: tuple[str, ...]) -> None:
+    assert read_captions("a/v1.0 image.jpg", TEXTFILE, {"a/v1.0 image.txt": data}) == captions
 
 
-def test_lines_stay_together_on_request(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n")
+def test_lines_stay_together_on_request() -> None:
     spec = CaptionSpec(caption_strategy="textfile", disable_multiline_split=True)
-    assert read_captions(tmp_path / "a.png", spec) == ("one\ntwo",)
+    assert read_captions("a.png", spec, {"a.txt": b"one\r\ntwo\r\n"}) == ("one\ntwo",)
 
 
 @pytest.mark.parametrize(
@@ -67,21 +64,19 @@ def test_lines_stay_together_on_request(tmp_path: Path) -> None:
         (b"caf\xe9", CaptionFault.ENCODING),
     ],
 )
-def test_a_bad_text_file_is_named(tmp_path: Path, data: bytes | None, fault: CaptionFault) -> None:
-    path = tmp_path / "a.txt"
-    if data is not None:
-        path.write_bytes(data)
-    assert read_captions(tmp_path / "a.png", TEXTFILE) == BadCaption(path=path, fault=fault)
+def test_a_bad_text_file_is_named(data: bytes | None, fault: CaptionFault) -> None:
+    texts = {} if data is None else {"a.txt": data}
+    assert read_captions("a.png", TEXTFILE, texts) == BadCaption(key="a.txt", fault=fault)
 
 
 def test_instance_prompts() -> None:
-    image = Path("a_dog.png")
+    image = "a_dog.png"
     several = CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("sks dog ", "photo of sks"))
-    assert read_captions(image, several) == ("sks dog", "photo of sks")
+    assert read_captions(image, several, {}) == ("sks dog", "photo of sks")
     only = CaptionSpec(caption_strategy="textfile", only_instance_prompt=True, instance_prompts=("sks",))
-    assert read_captions(image, only) == ("sks",)
+    assert read_captions(image, only, {}) == ("sks",)
     prepended = CaptionSpec(prepend_instance_prompt=True, instance_prompts=("sks", "the"))
-    assert read_captions(image, prepended) == ("sks a dog", "the a dog")
+    assert read_captions(image, prepended, {}) == ("sks a dog", "the a dog")
 
 
 def test_a_dataset_that_needs_an_instance_prompt_must_have_one() -> None:

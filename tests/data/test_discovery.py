@@ -14,18 +14,30 @@ from typing import Any
 import pytest
 
 from simpletuner.data import discovery
-from simpletuner.data.discovery import Scan, Unreadable, list_images, scan
+from simpletuner.data.discovery import Scan, learn_contents, read_texts, remember_unreadable, scan
 from simpletuner.data.image_index import Known, open_index
+from simpletuner.data.storage import FileInfo, LocalStorage, Unreadable
 from simpletuner.problems import SimpletunerError
 
 SaveImage = Callable[..., Path]
 
 
 def scan_folder(folder: Path, cache_dir: Path, **options: Any) -> Scan:
+    storage = LocalStorage(folder=folder)
     with open_index(cache_dir) as index:
-        return scan(
-            list_images(folder), index, on_progress=options.pop("on_progress", lambda done, total: None), **options
+        on_progress = options.pop("on_progress", lambda done, total: None)
+        return scan(storage, storage.list_files(), index, on_progress=on_progress, **options)
+
+
+def contents(folder: Path, cache_dir: Path) -> dict[str, str]:
+    """The content ids of a folder's images, by key."""
+    storage = LocalStorage(folder=folder)
+    with open_index(cache_dir) as index:
+        found, failed = learn_contents(
+            storage, storage.list_files().images, index, on_progress=lambda done, total: None
         )
+    assert not failed
+    return found
 
 
 @pytest.fixture
@@ -34,9 +46,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     read = discovery._read
 
-    def watch(folder: Path, file: discovery.ImageFile) -> Any:
+    def watch(storage: Any, how: Any, file: FileInfo) -> Any:
         seen.append(file.key)
-        return read(folder, file)
+        return read(storage, how, file)
 
     monkeypatch.setattr(discovery, "_read", watch)
     return seen
@@ -56,7 +68,7 @@ def test_images_are_found_at_every_depth_in_any_case_and_script(tmp_path: Path, 
     result = scan_folder(folder, tmp_path / "cache")
     assert [record.key for record in result.records] == sorted(names)
     assert {record.size for record in result.records} == {(40, 24)}
-    assert all(record.path == folder / record.key and record.path.is_file() for record in result.records)
+    assert all(Path(result.storage.shown(record.key)).is_file() for record in result.records)
     assert {(other.extension, other.count) for other in result.listing.others} == {(".txt", 1), (".mp4", 1)}
     assert result.unreadable == ()
 
@@ -109,11 +121,68 @@ def test_only_what_changed_is_read_again(tmp_path: Path, save_image: SaveImage, 
     assert after.keys() == {"0.png", "1.png", "renamed.png"}
     assert after["0.png"] == before["0.png"]
     assert after["1.png"].size == (48, 48)
-    assert after["1.png"].content_id != before["1.png"].content_id
-    assert after["renamed.png"].content_id == before["3.png"].content_id
     connection = sqlite3.connect(tmp_path / "cache" / "images.sqlite")
     assert connection.execute("SELECT count(*) FROM images").fetchone() == (3,)
     connection.close()
+
+
+def test_contents_are_read_once_and_follow_a_file_wherever_it_goes(
+    tmp_path: Path, save_image: SaveImage, reads: list[str]
+) -> None:
+    folder = tmp_path / "images"
+    for number in range(3):
+        save_image(folder / f"{number}.png", seed=number)
+    scan_folder(folder, tmp_path / "cache")
+    before = contents(folder, tmp_path / "cache")
+    assert len(set(before.values())) == 3
+    reads.clear()
+    scan_folder(folder, tmp_path / "cache")
+    assert contents(folder, tmp_path / "cache") == before
+    assert reads == []
+    (folder / "0.png").rename(folder / "moved.png")
+    os.utime(folder / "1.png", (9, 9))
+    scan_folder(folder, tmp_path / "cache")
+    reads.clear()
+    after = contents(folder, tmp_path / "cache")
+    assert (after["moved.png"], after["1.png"], after["2.png"]) == (before["0.png"], before["1.png"], before["2.png"])
+    assert reads == ["1.png", "moved.png"]
+
+
+def test_an_image_that_cannot_be_decoded_is_unreadable_until_it_is_another(
+    tmp_path: Path, save_image: SaveImage
+) -> None:
+    folder = tmp_path / "images"
+    save_image(folder / "a.png")
+    save_image(folder / "b.png")
+    (record, _) = scan_folder(folder, tmp_path / "cache").records
+    with open_index(tmp_path / "cache") as index:
+        remember_unreadable(LocalStorage(folder=folder), {record.file: "broken inside"}, index)
+    assert scan_folder(folder, tmp_path / "cache").unreadable == (Unreadable(key="a.png", reason="broken inside"),)
+    os.utime(folder / "a.png", (9, 9))
+    assert scan_folder(folder, tmp_path / "cache").unreadable == ()
+
+
+def test_caption_files_are_read_when_they_changed(tmp_path: Path, save_image: SaveImage, reads: list[str]) -> None:
+    folder = tmp_path / "images"
+    for name in ("a", "b"):
+        save_image(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+        os.utime(folder / f"{name}.txt", (9, 9))
+
+    def texts() -> dict[str, bytes]:
+        found = scan_folder(folder, tmp_path / "cache")
+        reads.clear()
+        with open_index(tmp_path / "cache") as index:
+            return read_texts(found, index)
+
+    assert texts() == {"a.txt": b"a", "b.txt": b"b"}
+    assert reads == ["a.txt", "b.txt"]
+    assert texts() == {"a.txt": b"a", "b.txt": b"b"}
+    assert reads == []
+    (folder / "a.txt").write_text("other")
+    (folder / "b.txt").unlink()
+    assert texts() == {"a.txt": b"other"}
+    assert reads == ["a.txt"]
 
 
 def test_a_change_within_the_clocks_grain_is_not_missed(tmp_path: Path, save_image: SaveImage) -> None:
@@ -121,22 +190,26 @@ def test_a_change_within_the_clocks_grain_is_not_missed(tmp_path: Path, save_ima
     now = time.time_ns()
     os.utime(path, ns=(now, now))
     first = scan_folder(path.parent, tmp_path / "cache").records[0]
+    before = contents(path.parent, tmp_path / "cache")
     save_image(path, seed=2)  # the same size, and the same time of change:
     os.utime(path, ns=(now, now))
     second = scan_folder(path.parent, tmp_path / "cache").records[0]
-    assert (first.size_bytes, first.mtime_ns) == (second.size_bytes, second.mtime_ns)
-    assert first.content_id != second.content_id
+    assert contents(path.parent, tmp_path / "cache") != before
+    assert first == second
 
 
-def test_many_files_are_read_in_threads_with_the_same_result(tmp_path: Path, save_image: SaveImage) -> None:
+def test_many_files_are_read_in_processes_with_the_same_result(
+    tmp_path: Path, save_image: SaveImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discovery, "_PROCESSES_FROM_FILES", 100)
     folder = tmp_path / "images"
     for number in range(130):
         save_image(folder / f"{number:03}.bmp", size=(16, 8), seed=number)
     (folder / "077.bmp").write_bytes(b"broken")
-    threaded = scan_folder(folder, tmp_path / "one")
-    assert threaded == scan_folder(folder, tmp_path / "two", max_workers=1)
-    assert [item.key for item in threaded.unreadable] == ["077.bmp"]
-    assert len({record.content_id for record in threaded.records}) == 129
+    shared = scan_folder(folder, tmp_path / "one", max_workers=2)
+    assert shared == scan_folder(folder, tmp_path / "two", max_workers=1)
+    assert [item.key for item in shared.unreadable] == ["077.bmp"]
+    assert len(shared.records) == 129
 
 
 def test_bad_files_are_all_named_and_forgiven_once_mended(tmp_path: Path, save_image: SaveImage) -> None:
@@ -219,10 +292,10 @@ def test_two_thousand_images_in_two_seconds_of_processor_time(
 def test_a_full_disk_under_the_index_is_one_problem(
     tmp_path: Path, told: Callable[[SimpletunerError], list[str]]
 ) -> None:
-    known = {f"{n}.png": Known(size_bytes=1, mtime_ns=1, size=(1, 1), content_id="0" * 32) for n in range(2000)}
+    known = {f"{n}.png": Known(size_bytes=1, version="1", size=(1, 1), content_id="0" * 32) for n in range(2000)}
     with open_index(tmp_path) as index:
         index._connection.execute("PRAGMA max_page_count = 5")
         with pytest.raises(SimpletunerError) as caught:
-            index.save(tmp_path, known, read_at_ns=time.time_ns())
+            index.save_images(str(tmp_path), known)
         assert told(caught.value) == ["E-CACHE-DISK-FULL"]
-        assert index.known(tmp_path) == {}
+        assert index.images(str(tmp_path)) == {}

@@ -10,8 +10,8 @@ import pytest
 
 from simpletuner.config.datasets import dataset_options
 from simpletuner.data.geometry import bucket_size, rounded_aspect
-from simpletuner.data.images import EXTENSIONS
 from simpletuner.data.spec import ResizeSpec
+from simpletuner.data.storage import EXTENSIONS
 from simpletuner.i18n import catalog
 
 DOCS = Path(__file__).parents[2] / "docs"

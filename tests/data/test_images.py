@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from simpletuner.data.images import EXTENSIONS, UnreadableImageError, cut, decode, read_size, without_decoder_warnings
-from simpletuner.data.records import Geometry
+from simpletuner.data.images import UnreadableImageError, cut, decode, read_header, without_decoder_warnings
+from simpletuner.data.records import Geometry, Size
+from simpletuner.data.storage import EXTENSIONS
 
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", *(["AVIF"] if ".avif" in EXTENSIONS else [])]
+
+
+def read_size(data: bytes) -> Size:
+    return read_header(BytesIO(data)).size
 
 
 def encoded(image: Image.Image, image_format: str, *, orientation: int | None = None, **options: object) -> bytes:
@@ -88,7 +93,7 @@ def test_floating_point_pixels_are_refused() -> None:
         decode(data)
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
 def test_a_truncated_file_is_found_from_the_header_already(image_format: str, part: float) -> None:
     data = encoded(colours(256, 256), image_format)
@@ -108,9 +113,7 @@ def test_bytes_after_the_end_mark_do_not_matter() -> None:
     assert read_size(data + bytes(10_000)) == (64, 64)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"not an image", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(20)]
-)
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
 def test_what_is_not_an_image_says_so(data: bytes) -> None:
     for reader in (read_size, decode):
         with pytest.raises(UnreadableImageError, match=r"\w"):
@@ -134,11 +137,10 @@ def test_the_cut_is_the_resized_images_window() -> None:
 
 
 def test_a_very_large_image_is_read_without_a_warning() -> None:
-    data = bytearray(encoded(Image.new("1", (8, 8)), "BMP"))
-    data[18:26] = (10_000).to_bytes(4, "little") * 2  # 100 MP: above PIL's first limit, below its second
+    data = encoded(Image.new("1", (10_000, 10_000)), "PNG")  # 100 MP: above PIL's first limit, below its second
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(Image.DecompressionBombWarning):
-            read_size(bytes(data))
+            read_size(data)
         with without_decoder_warnings():
-            assert read_size(bytes(data)) == (10_000, 10_000)
+            assert read_size(data) == (10_000, 10_000)

@@ -15,9 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from simpletuner.data.latents import LatentSource, LatentStore, cache_latents
+from simpletuner.data import latents
+from simpletuner.data.latents import LatentSource, LatentStore, PlanAgainError, cache_latents, learn_latent_keys
+from simpletuner.data.plan import unreadable_warnings
 from simpletuner.data.records import Plan
 from simpletuner.data.spec import CaptionSpec, DatasetSpec, ResizeSpec
+from simpletuner.data.storage import LocalStorage
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import DatasetError, SimpletunerError
 
@@ -36,22 +39,25 @@ def folder(tmp_path: Path, save_image: SaveImage) -> Path:
 
 
 def spec_of(folder: Path, **options: Any) -> DatasetSpec:
-    return DatasetSpec(**{"id": "cats", "instance_data_dir": folder, "resize": SMALL, **options})
+    return DatasetSpec(**{"id": "cats", "storage": LocalStorage(folder=folder), "resize": SMALL, **options})
 
 
 def cache(plan: Plan, vae: Any, directory: Path, **options: Any) -> LatentStore:
     source = LatentSource(id=vae.id, open=vae.open)
+    index_dir = directory.parent / "cache"
+    keys = learn_latent_keys(plan, vae.id, cache_dir=index_dir, on_progress=lambda done, total: None)
     settings = {
         "directory_of": lambda _: directory,
+        "cache_dir": index_dir,
         "batch_size": 2,
         "on_progress": lambda done, total: None,
         **options,
     }
-    return cache_latents(plan, source, **settings)
+    return cache_latents(plan, source, keys, **settings)
 
 
 def values(plan: Plan, store: LatentStore) -> dict[str, torch.Tensor]:
-    return {sample.record.content_id: store.get(sample) for sample in plan.samples()}
+    return {sample.record.key: store.get(sample) for sample in plan.samples()}
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -65,7 +71,7 @@ def test_latents_are_those_of_the_resized_and_cropped_picture(
     store = cache(plan, vae, tmp_path / "latents")
     for sample in plan.samples():
         geometry = sample.geometry
-        image = Image.open(sample.record.path).resize(geometry.intermediary, Image.Resampling.LANCZOS)
+        image = Image.open(folder / sample.record.key).resize(geometry.intermediary, Image.Resampling.LANCZOS)
         (left, top), (width, height) = geometry.crop, geometry.target
         pixels_HWC = torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
         picture = pixels_HWC.permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -128,21 +134,27 @@ def test_a_change_is_never_served_stale(
     assert same(values(plan, changed), values(plan, cache(plan, vae, tmp_path / "fresh")))
 
 
+CENTER = replace(SMALL, crop_style="center")
+"""Crops that are the same for every name."""
+
+
 def test_neither_a_new_name_nor_a_new_place_nor_a_new_caption_is_a_change(
     folder: Path, make_plan: MakePlan, vae: Any, tmp_path: Path
 ) -> None:
-    cache(make_plan(spec_of(folder)), vae, tmp_path / "latents")
+    cache(make_plan(spec_of(folder, resize=CENTER)), vae, tmp_path / "latents")
     (folder / "0.png").rename(folder / "renamed.png")
     folder = folder.rename(tmp_path / "moved")
     captions = CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("a cat",))
-    cache(make_plan(spec_of(folder, id="other", captions=captions, repeats=3)), vae, tmp_path / "latents")
+    cache(
+        make_plan(spec_of(folder, id="other", resize=CENTER, captions=captions, repeats=3)), vae, tmp_path / "latents"
+    )
     assert vae.opened == 1
 
 
 def test_copies_of_an_image_are_encoded_once(folder: Path, make_plan: MakePlan, vae: Any, tmp_path: Path) -> None:
     for number in range(10):
         shutil.copy(folder / "0.png", folder / f"copy{number}.png")
-    plan = make_plan(spec_of(folder), spec_of(folder, id="again"))
+    plan = make_plan(spec_of(folder, resize=CENTER), spec_of(folder, id="again", resize=CENTER))
     cache(plan, vae, tmp_path / "latents")
     assert sum(vae.batches) == NUM_IMAGES
 
@@ -193,27 +205,42 @@ def test_damaged_entries_are_computed_anew(folder: Path, make_plan: MakePlan, va
     assert vae.opened == 2
 
 
-def test_bad_pixels_are_all_named_and_the_rest_is_kept(
+def test_bad_pixels_are_found_out_once_and_left_out_from_then_on(
     folder: Path, make_plan: MakePlan, save_image: SaveImage, vae: Any, tmp_path: Path, told: Told
 ) -> None:
-    """A BMP that ends early has a good header: it is found only when it is decoded."""
-    for name in ("bad1.bmp", "bad2.bmp"):
+    """A PNG with damaged pixels has a good header and a good end: it is found only when it is decoded."""
+    for name in ("bad1.png", "bad2.png"):
         path = save_image(folder / name, seed=hash(name) % 97)
-        path.write_bytes(path.read_bytes()[:2000])
+        data = path.read_bytes()
+        path.write_bytes(data[:-200] + bytes(100) + data[-100:])
+    with pytest.raises(PlanAgainError):
+        cache(make_plan(spec_of(folder)), vae, tmp_path / "latents", batch_size=1)
     plan = make_plan(spec_of(folder))
-    with pytest.raises(DatasetError) as caught:
-        cache(plan, vae, tmp_path / "latents", batch_size=1)
-    assert told(caught.value) == ["E-IMAGE-UNREADABLE"]
+    assert [item.key for item in plan.datasets[0].unreadable] == ["bad1.png", "bad2.png"]
+    assert plan.datasets[0].num_images == NUM_IMAGES
+    (warning,) = unreadable_warnings(plan)
     for language in LANGUAGES:
-        title, _ = render_problem(caught.value.problems[0], language)
-        assert "bad1.bmp (" in title
-        assert "bad2.bmp (" in title
+        title, hint = render_problem(warning, language)
+        assert "bad1.png (" in title
+        assert "bad2.png (" in title
         assert str(folder) in title
-    for name in ("bad1.bmp", "bad2.bmp"):
-        (folder / name).unlink()
+        assert "unreadable_images" in hint
     progress: list[int] = []
-    cache(make_plan(spec_of(folder)), vae, tmp_path / "latents", on_progress=lambda done, total: progress.append(done))
+    cache(plan, vae, tmp_path / "latents", on_progress=lambda done, total: progress.append(done))
     assert progress == [NUM_IMAGES]
+    with pytest.raises(DatasetError) as caught:
+        make_plan(spec_of(folder, skips_unreadable=False))
+    assert told(caught.value) == ["E-IMAGE-UNREADABLE"]
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_pictures_decoded_elsewhere_are_the_same(
+    folder: Path, make_plan: MakePlan, vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    plan = make_plan(spec_of(folder))
+    here = cache(plan, vae, tmp_path / "here", max_workers=1)
+    monkeypatch.setattr(latents, "_PROCESSES_FROM_PICTURES", 1 if kind == "processes" else 1000)
+    assert same(values(plan, cache(plan, vae, tmp_path / "elsewhere", max_workers=2)), values(plan, here))
 
 
 def test_a_file_that_changes_or_goes_after_the_scan_is_told(

@@ -14,12 +14,11 @@ from torch import Tensor
 from simpletuner.data.loader import Batch, iterate_batches
 from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Plan, Sample
 from simpletuner.data.sampler import Sampler
+from simpletuner.data.storage import FileInfo, LocalStorage
 
 
 def sample(dataset_id: str, number: int) -> Sample:
-    record = ImageRecord(
-        path=Path(f"{number}.png"), key=f"{number}.png", size=(64, 64), size_bytes=1, mtime_ns=1, content_id=str(number)
-    )
+    record = ImageRecord(file=FileInfo(key=str(number), size_bytes=1, version="1"), size=(64, 64))
     geometry = Geometry(target=(64, 64), intermediary=(64, 64), crop=(0, 0))
     return Sample(dataset_id=dataset_id, record=record, geometry=geometry, captions=(f"caption {number}",))
 
@@ -33,6 +32,7 @@ def dataset(dataset_id: str, *, is_regularisation: bool) -> DatasetPlan:
         is_regularisation=is_regularisation,
         caption_dropout_probability=0.3,
         dropped=(),
+        storage=LocalStorage(folder=Path(dataset_id)),
     )
 
 
@@ -54,7 +54,7 @@ class Latents:
         if self.reads == self._fail_at:
             raise OSError("the disk is gone")
         time.sleep(self._seconds)
-        return torch.full((2, 8, 8), float(sample.record.content_id))
+        return torch.full((2, 8, 8), float(sample.record.key))
 
 
 def sampler(world_size: int = 1) -> Sampler:
@@ -76,7 +76,7 @@ def test_batches_are_the_samplers_from_any_start(prefetch: int, start: int) -> N
         assert batch.dataset_id == picks[0].sample.dataset_id
         assert batch.is_regularisation == (batch.dataset_id == "prior")
         for latent, pick in zip(batch.latents, picks, strict=True):
-            assert torch.equal(latent, torch.full((2, 8, 8), float(pick.sample.record.content_id)))
+            assert torch.equal(latent, torch.full((2, 8, 8), float(pick.sample.record.key)))
 
 
 def test_reading_ahead_changes_nothing() -> None:

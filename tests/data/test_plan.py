@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from simpletuner.data.plan import minimum_repeats, plan_parts
+from simpletuner.data.plan import minimum_repeats, plan_parts, unreadable_warnings
 from simpletuner.data.records import DropReason, Plan
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import CaptionSpec, DatasetSpec, ResizeSpec
+from simpletuner.data.storage import LocalStorage
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import DatasetError, ExitCode, SimpletunerError
 
@@ -25,7 +26,9 @@ LITERAL = "no images detected in dataset"
 
 
 def spec_of(folder: Path, **options: Any) -> DatasetSpec:
-    return DatasetSpec(**{"id": "cats", "instance_data_dir": folder, "resize": ResizeSpec(resolution=256), **options})
+    return DatasetSpec(
+        **{"id": "cats", "storage": LocalStorage(folder=folder), "resize": ResizeSpec(resolution=256), **options}
+    )
 
 
 @pytest.fixture
@@ -69,16 +72,15 @@ def test_two_datasets_may_share_a_folder(folder: Path, make_plan: MakePlan) -> N
     assert progress[-1] == (4, 4)
 
 
-def test_a_plan_does_not_depend_on_names_places_or_times(folder: Path, make_plan: MakePlan) -> None:
+def test_a_plan_does_not_depend_on_places_or_times(folder: Path, make_plan: MakePlan) -> None:
     captions = CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("a cat",))
     before = make_plan(spec_of(folder, captions=captions))
-    (folder / "cat_0.png").rename(folder / "zzz.png")
     os.utime(folder / "cat_1.png", (1, 1))
     moved = folder.rename(folder.parent / "elsewhere")
     after = make_plan(spec_of(moved, captions=captions))
     assert after.fingerprint == before.fingerprint
     orders = [
-        [pick.sample.record.content_id for i in range(20) for pick in Sampler(plan, seed=1, batch_size=1).picks(i)]
+        [pick.sample.record.key for i in range(20) for pick in Sampler(plan, seed=1, batch_size=1).picks(i)]
         for plan in (before, after)
     ]
     assert orders[0] == orders[1]
@@ -88,7 +90,7 @@ def test_the_parts_of_a_plan_say_what_has_changed(folder: Path, make_plan: MakeP
     captions = CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("a cat",))
     spec = spec_of(folder, captions=captions)
     before = make_plan(spec)
-    (folder / "cat_0.png").rename(folder / "zzz.png")
+    os.utime(folder / "cat_0.png", (1, 1))
     assert plan_parts(make_plan(spec)) == plan_parts(before)
     other = CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("a dog",))
     changes: list[tuple[DatasetSpec, set[str]]] = [
@@ -102,7 +104,7 @@ def test_the_parts_of_a_plan_say_what_has_changed(folder: Path, make_plan: MakeP
         plan = make_plan(changed)
         assert plan.fingerprint != before.fingerprint
         assert parts_that_differ(before, plan) == expected
-    save_image(folder / "zzz.png", seed=99)
+    save_image(folder / "cat_0.png", seed=99)
     assert parts_that_differ(before, make_plan(spec)) == {"images", "captions", "crops"}
 
 
@@ -261,10 +263,20 @@ def test_unreadable_images_are_all_named(folder: Path, make_plan: MakePlan, told
     (folder / "bad.jpg").write_bytes(b"no image")
     (folder / "empty.webp").write_bytes(b"")
     with pytest.raises(DatasetError) as caught:
-        make_plan(spec_of(folder))
+        make_plan(spec_of(folder, skips_unreadable=False))
     assert told(caught.value) == ["E-IMAGE-UNREADABLE"]
+    (warning,) = unreadable_warnings(make_plan(spec_of(folder), spec_of(folder, id="again")))
     for language in LANGUAGES:
-        assert "bad.jpg (not an image file), empty.webp (empty file)" in titles(caught.value, language)[0]
+        for title in (titles(caught.value, language)[0], render_problem(warning, language)[0]):
+            assert "bad.jpg (not an image file), empty.webp (empty file)" in title
+
+
+def test_a_folder_of_nothing_but_unreadable_images(tmp_path: Path, make_plan: MakePlan, told: Told) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(DatasetError) as caught:
+        make_plan(spec_of(tmp_path / "images"))
+    assert told(caught.value) == ["E-IMAGE-UNREADABLE"]
 
 
 def test_caption_problems_are_all_named(folder: Path, make_plan: MakePlan, told: Told) -> None:
@@ -290,7 +302,7 @@ def test_the_problems_of_all_datasets_come_at_once(folder: Path, make_plan: Make
     (folder / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(DatasetError) as caught:
         make_plan(
-            spec_of(folder),
+            spec_of(folder, skips_unreadable=False),
             spec_of(folder / "nowhere", id="second"),
             spec_of(folder, id="third", captions=CaptionSpec(caption_strategy="textfile")),
         )
@@ -301,7 +313,7 @@ def test_a_hundred_names_and_a_count_are_enough(folder: Path, make_plan: MakePla
     for number in range(130):
         (folder / f"bad{number:03}.png").write_bytes(b"")
     with pytest.raises(DatasetError) as caught:
-        make_plan(spec_of(folder))
+        make_plan(spec_of(folder, skips_unreadable=False))
     (title,) = titles(caught.value)
     assert "bad099.png" in title
     assert "bad100.png" not in title

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Plan, Sample
 from simpletuner.data.sampler import Pick, Sampler
+from simpletuner.data.storage import FileInfo, LocalStorage
 
 
 def dataset(
@@ -33,11 +34,12 @@ def dataset(
         is_regularisation=False,
         caption_dropout_probability=dropout,
         dropped=(),
+        storage=LocalStorage(folder=Path("images")),
     )
 
 
 def sample(name: str, key: str, size: tuple[int, int]) -> Sample:
-    record = ImageRecord(path=Path(key), key=key, size=size, size_bytes=1, mtime_ns=1, content_id=key)
+    record = ImageRecord(file=FileInfo(key=key, size_bytes=1, version="1"), size=size)
     geometry = Geometry(target=size, intermediary=size, crop=(0, 0))
     return Sample(dataset_id=name, record=record, geometry=geometry, captions=("one", "two", "three"))
 

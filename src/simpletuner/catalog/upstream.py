@@ -60,7 +60,7 @@ _OTHER_FLAGS = """
     delete_model_after_load strict_epoch_limit ignore_final_epochs validation_prompt_library validation_preview
     validation_randomize validation_disable_unconditional=true validation_using_datasets
     enable_watermark override_dataset_config allow_dataset_oversubscription disable_bucket_pruning
-    vae_cache_ondemand vae_cache_disable vae_cache_preprocess=true
+    vae_cache_preprocess=true
     preserve_data_backend_cache aspect_bucket_disable_rebuild ignore_missing_files
     delete_problematic_images delete_unwanted_images print_filenames print_sampler_statistics debug_aspect_buckets
     debug_dataset_loader push_checkpoints_to_hub push_to_hub_background model_card_private
@@ -121,8 +121,8 @@ _DATASET_RESULT = """
     mask_type
 """
 _DATASET_OTHER = """
-    preserve_data_backend_cache metadata_update_interval vae_cache_clear_each_epoch vae_cache_ondemand
-    vae_cache_disable parquet csv_file csv_caption_column csv_url_column csv_cache_dir aws_bucket_name
+    preserve_data_backend_cache metadata_update_interval
+    parquet csv_file csv_caption_column csv_url_column csv_cache_dir aws_bucket_name
     aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_session_token
     aws_max_pool_connections aws_data_prefix dataset_name split revision image_column caption_column huggingface
     delete_unwanted_images delete_problematic_images delete_nsfw_images disable_validation hash_filenames

@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict
 
 from simpletuner.config.fields import Opt, Option, Section, describe
-from simpletuner.config.sections.data import CAPTION_SPELLINGS, CaptionStrategy, ResolutionType
+from simpletuner.config.sections.data import CAPTION_SPELLINGS, CaptionStrategy, ResolutionType, UnreadableImages
 
 CONDITIONING_TYPES = ("mask",)
 OTHER_CONDITIONING_TYPES = ("controlnet", "segmentation", "reference_strict", "reference_loose")
@@ -115,6 +115,9 @@ class ImageDataset(Section):
     max_num_samples: Annotated[int | None, Ge(1), Opt(unit="images")] = None
     """Use only so many images, always the same ones."""
 
+    unreadable_images: Annotated[UnreadableImages, Opt()] = "skip"
+    """What to do with images that cannot be read: skip leaves them out and names them, stop ends the run."""
+
     is_regularisation_data: Annotated[bool, Opt(aliases=("is_regularization_data",))] = False
     """Images that keep the model as it was: it trains towards what it predicts without the adapter."""
 
@@ -126,6 +129,15 @@ class ImageDataset(Section):
 
     cache_dir_vae: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/vae/<id>")] = ""
     """Folder of the cached latents. {id}, {output_dir} and {model_family} are filled in."""
+
+    vae_cache_ondemand: Annotated[bool, Opt()] = False
+    """Encode an image when a batch first asks for it, not all before training. The VAE stays loaded."""
+
+    vae_cache_disable: Annotated[bool, Opt()] = False
+    """Write no latents to disk: encode while training, and keep them in memory as far as 1 GiB goes."""
+
+    vae_cache_clear_each_epoch: Annotated[bool, Opt()] = False
+    """With crop_style random: another crop of each image in every epoch, encoded while training and not kept."""
 
     text_embeds: Annotated[str | None, Opt(level="expert")] = None
     """Id of the text_embeds entry that caches the captions."""
@@ -150,6 +162,21 @@ class ImageDataset(Section):
 
     skip_file_discovery: Annotated[str | None, Opt()] = None
     """Accepted for compatibility: only what has changed is looked at anyway."""
+
+
+def encodes_while_training(dataset: ImageDataset) -> bool:
+    """Whether the VAE has to stay loaded for its images."""
+    return dataset.vae_cache_ondemand or dataset.vae_cache_disable or takes_fresh_crops(dataset)
+
+
+def takes_fresh_crops(dataset: ImageDataset) -> bool:
+    """Whether its images are cropped anew in every epoch."""
+    return dataset.vae_cache_clear_each_epoch and dataset.crop_style == "random"
+
+
+def keeps_latents(dataset: ImageDataset) -> bool:
+    """Whether its latents are written to disk."""
+    return not dataset.vae_cache_disable and not takes_fresh_crops(dataset)
 
 
 class TextEmbeds(Section):

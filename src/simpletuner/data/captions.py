@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from simpletuner.data.spec import CaptionSpec
+from simpletuner.data.storage import CAPTION_EXTENSION
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -22,9 +24,9 @@ class CaptionFault(str, Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BadCaption:
-    """A caption that cannot be used. `path` is the file to mend."""
+    """A caption that cannot be used. `key` is the file to mend."""
 
-    path: Path
+    key: str
     fault: CaptionFault
 
 
@@ -34,8 +36,20 @@ def lacks_instance_prompt(spec: CaptionSpec) -> bool:
     return is_used and not _instance_prompts(spec)
 
 
-def read_captions(image: Path, spec: CaptionSpec) -> tuple[str, ...] | BadCaption:
+def needs_texts(spec: CaptionSpec) -> bool:
+    """Whether captions come from files beside the images."""
+    return spec.caption_strategy == "textfile" and not spec.only_instance_prompt
+
+
+def caption_key(image: str) -> str:
+    """The key of the caption file that belongs to an image's."""
+    return str(PurePosixPath(image).with_suffix(CAPTION_EXTENSION))
+
+
+def read_captions(image: str, spec: CaptionSpec, texts: Mapping[str, bytes]) -> tuple[str, ...] | BadCaption:
     """Return the captions of an image, at least one, none empty, in the order in which they were written.
+
+    `image` is its key; `texts` are the caption files by key, if `needs_texts`.
 
     Several lines of a text file are several captions, unless `disable_multiline_split`. With
     `prepend_instance_prompt` each instance prompt goes before each caption.
@@ -43,7 +57,7 @@ def read_captions(image: Path, spec: CaptionSpec) -> tuple[str, ...] | BadCaptio
     instance_prompts = _instance_prompts(spec)
     if spec.only_instance_prompt or spec.caption_strategy == "instanceprompt":
         return instance_prompts
-    captions = _from_file_name(image) if spec.caption_strategy == "filename" else _from_text_file(image, spec)
+    captions = _from_file_name(image) if spec.caption_strategy == "filename" else _from_text_file(image, spec, texts)
     if isinstance(captions, BadCaption) or not spec.prepend_instance_prompt:
         return captions
     return tuple(f"{prompt} {caption}" for prompt in instance_prompts for caption in captions)
@@ -53,28 +67,27 @@ def _instance_prompts(spec: CaptionSpec) -> tuple[str, ...]:
     return tuple(prompt.strip() for prompt in spec.instance_prompts if prompt.strip())
 
 
-def _from_file_name(image: Path) -> tuple[str, ...] | BadCaption:
-    caption = image.stem.replace("_", " ").strip()
+def _from_file_name(image: str) -> tuple[str, ...] | BadCaption:
+    caption = PurePosixPath(image).stem.replace("_", " ").strip()
     if not caption:
-        return BadCaption(path=image, fault=CaptionFault.EMPTY)
+        return BadCaption(key=image, fault=CaptionFault.EMPTY)
     try:
         caption.encode()
     except UnicodeEncodeError:  # a name that is not text in the file system's encoding
-        return BadCaption(path=image, fault=CaptionFault.ENCODING)
+        return BadCaption(key=image, fault=CaptionFault.ENCODING)
     return (caption,)
 
 
-def _from_text_file(image: Path, spec: CaptionSpec) -> tuple[str, ...] | BadCaption:
-    path = image.with_suffix(".txt")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return BadCaption(path=path, fault=CaptionFault.MISSING)
+def _from_text_file(image: str, spec: CaptionSpec, texts: Mapping[str, bytes]) -> tuple[str, ...] | BadCaption:
+    key = caption_key(image)
+    data = texts.get(key)
+    if data is None:
+        return BadCaption(key=key, fault=CaptionFault.MISSING)
     try:
         text = data.decode("utf-16" if data.startswith(_UTF16_MARKS) else "utf-8-sig")
     except UnicodeDecodeError:
-        return BadCaption(path=path, fault=CaptionFault.ENCODING)
+        return BadCaption(key=key, fault=CaptionFault.ENCODING)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = [text] if spec.disable_multiline_split else text.split("\n")
     captions = tuple(line.strip() for line in lines if line.strip())
-    return captions or BadCaption(path=path, fault=CaptionFault.EMPTY)
+    return captions or BadCaption(key=key, fault=CaptionFault.EMPTY)

@@ -1,207 +1,246 @@
-"""Finds the images of a folder: a recursive listing, then header and hash of what is not known yet. No torch.
+"""Finds the images of a storage: a listing, then the header of what is not known yet. No torch.
 
-Nothing is ever written into the folder.
+Nothing is ever written where the images are.
 """
 
 from __future__ import annotations
 
 import os
-import stat
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from simpletuner.data.hashing import content_hash
-from simpletuner.data.image_index import ImageIndex, Known
-from simpletuner.data.images import EXTENSIONS, UnreadableImageError, read_size, without_decoder_warnings
+from simpletuner.data.image_index import ImageIndex, Known, KnownText
+from simpletuner.data.images import UnreadableImageError, read_header, without_decoder_warnings
 from simpletuner.data.records import ImageRecord
+from simpletuner.data.storage import FileInfo, Listing, Storage, Unreadable
+from simpletuner.data.workers import in_order, process_pool, thread_pool
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
-_READ_SERIALLY_UP_TO = 64
-_FILES_PER_TASK = 32
-_FILES_PER_COMMIT = 2048
+_PROCESSES_FROM_FILES = 4096
+_FILES_PER_TASK = 64
+_FILES_PER_COMMIT = 4096
+_MAX_PROCESSES = 8
+_THREADS_PER_REMOTE = 32
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Unreadable:
-    """A file that is named like an image and cannot be used as one."""
-
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OtherFiles:
-    """How many files of a kind that is not an image the folder holds. `extension` is lower case, "" for none."""
-
-    extension: str
-    count: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageFile:
-    """A file that is named like an image, before it is read."""
-
-    key: str
-    size_bytes: int
-    mtime_ns: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """The names in a folder. `files` are sorted by key."""
-
-    folder: Path
-    files: tuple[ImageFile, ...]
-    broken_links: tuple[str, ...]
-    others: tuple[OtherFiles, ...]
+_Learned = TypeVar("_Learned")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """The images of a folder, sorted by key, and what is wrong with the rest."""
+    """The images of a storage, sorted by key, and what is wrong with the rest."""
 
+    storage: Storage
     listing: Listing
     records: tuple[ImageRecord, ...]
     unreadable: tuple[Unreadable, ...]
 
 
-def list_images(folder: Path) -> Listing:
-    """List `folder` and everything below it. Links are followed, no directory is entered twice.
+def scan(
+    storage: Storage, listing: Listing, index: ImageIndex, *, on_progress: Progress, max_workers: int | None = None
+) -> Scan:
+    """Read the headers of the listed images that `index` does not know, and remember them there.
 
-    Names that start with a dot (".git", "._photo.jpg" of macOS) are passed over.
-
-    Raises: OSError: a directory cannot be listed.
+    Args:
+        on_progress: called with (images known, images listed).
+        max_workers: processes (threads, where the storage is remote) that read; None: as many as are useful.
     """
-    files: list[ImageFile] = []
-    broken: list[str] = []
-    others: Counter[str] = Counter()
-    for entry, key in _walk(folder):
-        extension = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 (a Path per file costs more than the rest)
-        if extension not in EXTENSIONS:
-            others[extension] += 1
+    known = index.images(storage.id)
+    fresh = [file for file in listing.images if not _is_current(known.get(file.key), file)]
+    num_known = len(listing.images) - len(fresh)
+    on_progress(num_known, len(listing.images))
+    unreadable = list(listing.unreadable)
+    saved: dict[str, Known] = {}
+    for number, (file, result, is_settled) in enumerate(read_each(storage, fresh, _header, max_workers), start=1):
+        if isinstance(result, Known):
+            known[file.key] = result
+            if is_settled:
+                saved[file.key] = result
+        else:
+            known.pop(file.key, None)
+            unreadable.append(Unreadable(key=file.key, reason=reason_of(result) if file.size_bytes else "empty file"))
+        if len(saved) >= _FILES_PER_COMMIT:
+            index.save_images(storage.id, saved)
+            saved = {}
+        on_progress(num_known + number, len(listing.images))
+    index.save_images(storage.id, saved)
+    gone = known.keys() - {file.key for file in listing.images}
+    index.forget(storage.id, images=gone)
+    records: list[ImageRecord] = []
+    for file in listing.images:
+        found = known.get(file.key)
+        if found is None:
             continue
-        try:
-            status = entry.stat()
-        except OSError:
-            broken.append(key)
-            continue
-        if stat.S_ISREG(status.st_mode):
-            files.append(ImageFile(key=key, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns))
-    return Listing(
-        folder=folder,
-        files=tuple(sorted(files, key=lambda file: file.key)),
-        broken_links=tuple(sorted(broken)),
-        others=tuple(OtherFiles(extension=name, count=count) for name, count in others.most_common()),
-    )
-
-
-def scan(listing: Listing, index: ImageIndex, *, on_progress: Progress, max_workers: int | None = None) -> Scan:
-    """Read header and hash of the listed files that `index` does not know, and remember them there.
-
-    `on_progress` counts files. Reading is threaded once there are many.
-    """
-    known = dict(index.known(listing.folder))
-    fresh = [file for file in listing.files if not _is_current(known.get(file.key), file)]
-    num_known = len(listing.files) - len(fresh)
-    on_progress(num_known, len(listing.files))
-    unreadable = [Unreadable(key=key, reason="broken link") for key in listing.broken_links]
-    for first in range(0, len(fresh), _FILES_PER_COMMIT):
-        group = fresh[first : first + _FILES_PER_COMMIT]
-        read_at_ns = time.time_ns()
-        learned: dict[str, Known] = {}
-        with without_decoder_warnings():
-            for number, (file, result) in enumerate(_read_all(listing.folder, group, max_workers), start=1):
-                if isinstance(result, Unreadable):
-                    unreadable.append(result)
-                else:
-                    learned[file.key] = result
-                on_progress(num_known + first + number, len(listing.files))
-        index.save(listing.folder, learned, read_at_ns=read_at_ns)
-        known.update(learned)
-    gone = known.keys() - {file.key for file in listing.files}
-    if gone:
-        index.forget(listing.folder, gone)
-    bad = {item.key for item in unreadable}
+        if found.reason is not None:
+            unreadable.append(Unreadable(key=file.key, reason=found.reason))
+        else:
+            records.append(ImageRecord(file=file, size=found.size, traits=found.traits))
     return Scan(
+        storage=storage,
         listing=listing,
-        records=tuple(
-            _record(listing.folder, known[file.key], file.key) for file in listing.files if file.key not in bad
-        ),
+        records=tuple(records),
         unreadable=tuple(sorted(unreadable, key=lambda item: item.key)),
     )
 
 
-def _walk(folder: Path) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """Yield every visible non-directory below `folder` with its key."""
-    entered: set[tuple[int, int]] = set()
-    waiting = [(str(folder), "")]
-    while waiting:
-        directory, prefix = waiting.pop()
-        status = os.stat(directory)  # noqa: PTH116
-        if (status.st_dev, status.st_ino) in entered:
+def read_texts(found: Scan, index: ImageIndex, *, max_workers: int | None = None) -> dict[str, bytes]:
+    """The caption files of a storage by key, read where `index` does not know them. Those that cannot be read are
+    left out."""
+    storage, texts = found.storage, found.listing.texts
+    known = index.texts(storage.id)
+    fresh = [file for key, file in texts.items() if not _is_current(known.get(key), file)]
+    saved: dict[str, KnownText] = {}
+    for file, result, is_settled in read_each(storage, fresh, _text, max_workers, is_light=True):
+        if not isinstance(result, KnownText):
+            known.pop(file.key, None)
             continue
-        entered.add((status.st_dev, status.st_ino))
-        with os.scandir(directory) as entries:
-            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-        links: list[tuple[str, str]] = []
-        directories: list[tuple[str, str]] = []
-        for entry in visible:
-            if _is_directory(entry):
-                (links if entry.is_symlink() else directories).append((entry.path, f"{prefix}{entry.name}/"))
-            else:
-                yield entry, prefix + entry.name
-        # Last in, first out: real directories before links, so that a link never takes a directory's place.
-        waiting[:0] = reversed(links)
-        waiting.extend(reversed(directories))
+        known[file.key] = result
+        if is_settled:
+            saved[file.key] = result
+    index.save_texts(storage.id, saved)
+    gone = known.keys() - texts.keys()
+    index.forget(storage.id, texts=gone)
+    return {key: text.content for key, text in known.items() if key not in gone}
 
 
-def _is_directory(entry: os.DirEntry[str]) -> bool:
+def learn_contents(
+    storage: Storage,
+    files: Sequence[FileInfo],
+    index: ImageIndex,
+    *,
+    on_progress: Progress,
+    max_workers: int | None = None,
+) -> tuple[dict[str, str], dict[str, OSError]]:
+    """The content id of every file by key; those that `index` does not know are read in full and remembered there.
+
+    Returns them, and why the others could not be read, by key.
+    """
+    contents = known_contents(storage, files, index)
+    known = index.images(storage.id)
+    unknown = [file for file in files if file.key not in contents]
+    failed: dict[str, OSError] = {}
+    saved: dict[str, Known] = {}
+    on_progress(len(contents), len(files))
+    for file, result, is_settled in read_each(storage, unknown, _content, max_workers):
+        if isinstance(result, Exception):
+            assert isinstance(result, OSError)
+            failed[file.key] = result
+            continue
+        contents[file.key] = result
+        row = known.get(file.key)
+        if is_settled and row is not None and _is_current(row, file):
+            saved[file.key] = replace(row, content_id=result)
+        if len(saved) >= _FILES_PER_COMMIT:
+            index.save_images(storage.id, saved)
+            saved = {}
+        on_progress(len(contents), len(files))
+    index.save_images(storage.id, saved)
+    return contents, failed
+
+
+def known_contents(storage: Storage, files: Sequence[FileInfo], index: ImageIndex) -> dict[str, str]:
+    """The content ids that need no reading, by key."""
+    known = index.images(storage.id)
+    contents: dict[str, str] = {}
+    for file in files:
+        row = known.get(file.key)
+        content_id = storage.content_of(file)
+        if content_id is None and row is not None and _is_current(row, file):
+            content_id = row.content_id
+        if content_id is not None:
+            contents[file.key] = content_id
+    return contents
+
+
+def remember_unreadable(storage: Storage, reasons: dict[FileInfo, str], index: ImageIndex) -> None:
+    """Keep in mind which images turned out not to be whole when they were decoded."""
+    rows = {
+        file.key: Known(size_bytes=file.size_bytes, version=file.version, size=(0, 0), reason=reason)
+        for file, reason in reasons.items()
+    }
+    index.save_images(storage.id, rows)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read, in a few words."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def read_each(
+    storage: Storage,
+    files: Sequence[FileInfo],
+    read: Callable[[Storage, FileInfo], _Learned],
+    max_workers: int | None,
+    *,
+    is_light: bool = False,
+) -> Iterator[tuple[FileInfo, _Learned | UnreadableImageError | OSError, bool]]:
+    """Yield (file, what `read` made of it or why it could not, whether its version was settled), in order.
+
+    Many local files are read in processes, remote ones in threads; `is_light` work is not worth a process.
+    """
+    tasks = [tuple(files[first : first + _FILES_PER_TASK]) for first in range(0, len(files), _FILES_PER_TASK)]
+    work = partial(_read_task, storage, read)
+    with ExitStack() as stack:
+        stack.enter_context(without_decoder_warnings())
+        results: Iterator[tuple[tuple[FileInfo, ...], list[tuple[_Learned | UnreadableImageError | OSError, bool]]]]
+        num_workers = _num_workers(storage, len(files), max_workers, is_light=is_light)
+        if num_workers == 1:
+            results = ((task, work(task)) for task in tasks)
+        else:
+            pool: Executor = thread_pool(num_workers) if storage.is_remote else process_pool(num_workers)
+            if storage.is_remote:
+                tasks = [(file,) for file in files]
+            stack.callback(pool.shutdown, cancel_futures=True)
+            results = in_order(work, tasks, pool, num_ahead=4 * num_workers)
+        for task, found in results:
+            for file, (result, is_settled) in zip(task, found, strict=True):
+                yield file, result, is_settled
+
+
+def _num_workers(storage: Storage, num_files: int, max_workers: int | None, *, is_light: bool) -> int:
+    if storage.is_remote:
+        return min(max(num_files, 1), max_workers or _THREADS_PER_REMOTE)
+    if is_light or num_files < _PROCESSES_FROM_FILES:
+        return 1
+    return min(max_workers or os.cpu_count() or 1, _MAX_PROCESSES)
+
+
+def _read_task(
+    storage: Storage, read: Callable[[Storage, FileInfo], _Learned], files: Sequence[FileInfo]
+) -> list[tuple[_Learned | UnreadableImageError | OSError, bool]]:
+    return [_read(storage, read, file) for file in files]
+
+
+def _read(
+    storage: Storage, read: Callable[[Storage, FileInfo], _Learned], file: FileInfo
+) -> tuple[_Learned | UnreadableImageError | OSError, bool]:
+    is_settled = storage.is_settled(file)
     try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+        return read(storage, file), is_settled
+    except (UnreadableImageError, OSError) as error:
+        return error, is_settled
 
 
-def _is_current(known: Known | None, file: ImageFile) -> bool:
-    return known is not None and known.size_bytes == file.size_bytes and known.mtime_ns == file.mtime_ns
+def _header(storage: Storage, file: FileInfo) -> Known:
+    with storage.open(file) as stream:
+        header = read_header(stream)
+    traits = " ".join(sorted(header.traits))
+    return Known(size_bytes=file.size_bytes, version=file.version, size=header.size, traits=traits)
 
 
-def _read_all(
-    folder: Path, files: list[ImageFile], max_workers: int | None
-) -> Iterator[tuple[ImageFile, Known | Unreadable]]:
-    if len(files) <= _READ_SERIALLY_UP_TO or max_workers == 1:
-        yield from ((file, _read(folder, file)) for file in files)
-        return
-    tasks = [files[first : first + _FILES_PER_TASK] for first in range(0, len(files), _FILES_PER_TASK)]
-    with ThreadPoolExecutor(max_workers or min(os.cpu_count() or 1, 8)) as pool:
-        for task, results in zip(tasks, pool.map(lambda t: [_read(folder, f) for f in t], tasks), strict=True):
-            yield from zip(task, results, strict=True)
+def _text(storage: Storage, file: FileInfo) -> KnownText:
+    return KnownText(size_bytes=file.size_bytes, version=file.version, content=storage.read(file))
 
 
-def _read(folder: Path, file: ImageFile) -> Known | Unreadable:
-    try:
-        with open(f"{folder}{os.sep}{file.key}", "rb") as stream:  # noqa: PTH123
-            data = stream.read()
-        size = read_size(data)
-    except UnreadableImageError as error:
-        return Unreadable(key=file.key, reason=str(error) if data else "empty file")
-    except OSError as error:
-        return Unreadable(key=file.key, reason=error.strerror or str(error))
-    return Known(size_bytes=file.size_bytes, mtime_ns=file.mtime_ns, size=size, content_id=content_hash(data))
+def _content(storage: Storage, file: FileInfo) -> str:
+    return content_hash(storage.read(file))
 
 
-def _record(folder: Path, known: Known, key: str) -> ImageRecord:
-    return ImageRecord(
-        path=folder / key,
-        key=key,
-        size=known.size,
-        size_bytes=known.size_bytes,
-        mtime_ns=known.mtime_ns,
-        content_id=known.content_id,
-    )
+def _is_current(known: Known | KnownText | None, file: FileInfo) -> bool:
+    return known is not None and known.size_bytes == file.size_bytes and known.version == file.version

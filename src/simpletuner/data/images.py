@@ -1,7 +1,4 @@
-"""Image files: what their header says, and their upright RGB pixels. PIL and numpy, no torch.
-
-Everything works on a file's bytes, which the caller has read once (and hashed).
-"""
+"""Image files: what their header says, and their upright sRGB pixels. PIL and numpy, no torch."""
 
 # Array shape letters: H height, W width, C the 3 colour channels.
 
@@ -12,13 +9,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
+    GifImagePlugin,
     Image,
+    ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -26,14 +26,24 @@ from PIL import (
     features,
 )
 
-from simpletuner.data.records import Geometry, Size
+from simpletuner.data.colours import changes_colours, to_srgb
+from simpletuner.data.image_containers import is_webp, png_is_whole, png_of_late_metadata, read_webp
+from simpletuner.data.records import Geometry, ImageHeader, Size, Trait
 
 # Importing the readers by name registers them; asking PIL for "all formats" would load some forty.
-_READERS = (AvifImagePlugin, BmpImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
+_READERS = (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 _HAS_AVIF = features.check("avif")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", *(("AVIF",) if _HAS_AVIF else ()))
-EXTENSIONS = (".bmp", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", *((".avif",) if _HAS_AVIF else ()))
-"""File name endings that count as images, in lower case."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if _HAS_AVIF else ()))
+MAX_PIXELS = 178_956_970
+"""Larger pictures are refused from their header: PIL's own bound, 3 bytes of which are 512 MiB."""
 
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
@@ -47,48 +57,72 @@ _TRANSPOSE = {
 }
 _SIDEWAYS = (5, 6, 7, 8)
 _PNG_EXIF_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
-_PNG_TEXT = {b"eXIf", b"iTXt", b"zTXt"}
-_PNG_SIGNATURE_BYTES = 8
-_PNG_CHUNK_BYTES = 12
-_DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
-_METADATA_ERRORS = (*_DECODER_ERRORS, KeyError, IndexError, TypeError, OverflowError)
+_TIFF_DATA_TAGS = ((273, 279), (324, 325))
+"""Where strips or tiles start, and how long they are."""
+_START_BYTES = 16
+_JPEG_TAIL_BYTES = 4096
+_PNG_TAIL_BYTES = 1 << 16
+_GIF_TAIL_BYTES = 16
+_JPEG_END, _GIF_END = b"\xff\xd9", b"\x3b"
+_DECODER_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+    Image.DecompressionBombError,
+)
+"""What PIL raises for damaged files of all kinds."""
 
 
 class UnreadableImageError(Exception):
     """The bytes are not a whole image of a known kind. The text is the decoder's own reason."""
 
 
-def read_size(data: bytes) -> Size:
-    """Return the upright size of an image from its header, px.
+def read_header(stream: BinaryIO) -> ImageHeader:
+    """Read the start of an image file, and its end to see that it is whole.
 
     A file that seems to end early is decoded to be sure.
 
-    Raises: UnreadableImageError.
+    Args: stream: can seek; little of it is read.
+    Raises:
+        UnreadableImageError
+        OSError: with an `errno`: the stream cannot be read.
     """
-    try:
-        with Image.open(BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            if _orientation(image, data) in _SIDEWAYS:
-                width, height = height, width
-            if _may_be_cut_off(image.format, data):
-                image.load()
-    except _DECODER_ERRORS as error:
-        raise UnreadableImageError(_reason(error)) from error
-    return width, height
+    with _reasons():
+        stream.seek(0)
+        if is_webp(stream.read(_START_BYTES)):
+            return _read_webp_header(stream)
+        size_bytes = stream.seek(0, 2)
+        with Image.open(stream, formats=_FORMATS) as image:
+            _check_area(image.size)
+            traits = _traits(image)
+            orientation = _orientation(image, _tail(stream, _PNG_TAIL_BYTES) if image.format == "PNG" else b"")
+            is_cut_off = _may_be_cut_off(image, stream, size_bytes)
+            size = image.size
+        if is_cut_off:
+            _decode_to_be_sure(stream)
+    return _upright(size, traits, orientation)
 
 
 def decode(data: bytes) -> Image.Image:
-    """Return the upright RGB image; transparent places over black, 16-bit grey scaled to 8 bit.
+    """Return the upright sRGB image of a file's bytes; of several frames or pages, the first.
+
+    Transparent places are over black, 16 bits scaled to 8, colours of a profile converted to sRGB.
 
     Raises: UnreadableImageError.
     """
-    try:
-        with Image.open(BytesIO(data), formats=_FORMATS) as image:
-            transpose = _TRANSPOSE.get(_orientation(image, data))
-            image.load()
-            rgb = _to_rgb(image)
-    except _DECODER_ERRORS as error:
-        raise UnreadableImageError(_reason(error)) from error
+    with _reasons(), Image.open(BytesIO(data), formats=_FORMATS) as image:
+        _check_area(image.size)
+        transpose = _TRANSPOSE.get(_orientation(image, data[-_PNG_TAIL_BYTES:]))
+        image.load()
+        rgb = to_srgb(image)
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
@@ -111,50 +145,141 @@ def without_decoder_warnings() -> Iterator[None]:
         yield
 
 
-def _orientation(image: Image.Image, data: bytes) -> int:
-    """The EXIF orientation that remains to be applied, 1 to 8. Broken metadata does not make an image unreadable."""
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Turn what a decoder raises into an UnreadableImageError; a stream's own error, which has a number, stays."""
+    try:
+        yield
+    except UnreadableImageError:
+        raise
+    except _DECODER_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UnreadableImageError(_reason(error)) from error
+
+
+def _read_webp_header(stream: BinaryIO) -> ImageHeader:
+    header = read_webp(stream)
+    _check_area(header.size)
+    if stream.seek(0, 2) < header.size_bytes:
+        _decode_to_be_sure(stream)
+    about = {"exif": header.exif, "xmp": header.xmp}
+    carrier = Image.new("1", (1, 1))
+    carrier.info = {name: value for name, value in about.items() if value is not None}
+    has: dict[Trait, bool] = {
+        "alpha": header.has_alpha,
+        "animated": header.is_animated,
+        "profile": changes_colours(header.profile, "RGB"),
+    }
+    return _upright(header.size, {name for name, is_so in has.items() if is_so}, _exif_orientation(carrier))
+
+
+def _upright(size: Size, traits: set[Trait], orientation: int) -> ImageHeader:
+    width, height = size
+    if orientation != 1:
+        traits |= {"rotated"}
+    return ImageHeader(size=(height, width) if orientation in _SIDEWAYS else (width, height), traits=frozenset(traits))
+
+
+def _check_area(size: Size) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        limit = MAX_PIXELS // 1_000_000
+        raise UnreadableImageError(f"{size[0]}x{size[1]} px, more than {limit} megapixels")
+
+
+def _decode_to_be_sure(stream: BinaryIO) -> None:
+    with Image.open(stream, formats=_FORMATS) as image:
+        image.load()
+
+
+def _tail(stream: BinaryIO, length: int) -> bytes:
+    stream.seek(max(stream.seek(0, 2) - length, 0))
+    return stream.read(length)
+
+
+def _traits(image: Image.Image) -> set[Trait]:
+    """What an opened image's header says, but for the orientation of formats that PIL does not turn itself."""
+    has: dict[Trait, bool] = {
+        "alpha": image.has_transparency_data,
+        "cmyk": image.mode == "CMYK",
+        "deep": _is_deep(image),
+        "grey": image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;16"),
+        "palette": image.mode in ("P", "PA"),
+        "profile": changes_colours(image.info.get("icc_profile"), image.mode),
+        # An MPO's other pictures are a preview, a depth or a gain map.
+        "animated": image.format != "MPO" and bool(getattr(image, "is_animated", False)),
+        "rotated": image.format == "TIFF" and _tiff_orientation(image) != 1,
+    }
+    return {name for name, is_so in has.items() if is_so}
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a channel has 16 bits or more, of which PIL may have kept 8."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return True
+    return isinstance(image, ImageFile.ImageFile) and any(";16" in str(tile.args) for tile in image.tile)
+
+
+def _tiff_orientation(image: Image.Image) -> int:
+    assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    value = image.tag_v2.get(_ORIENTATION_TAG, 1)
+    return value if isinstance(value, int) and value in _TRANSPOSE else 1
+
+
+def _orientation(image: Image.Image, tail: bytes) -> int:
+    """The EXIF orientation that remains to be applied, 1 to 8.
+
+    Args: tail: the last bytes of the file, for a PNG, which may carry its EXIF behind the pixels.
+    """
     if image.format == "TIFF":
         return 1  # PIL turns these itself, and gives the upright size from the start.
-    if image.format == "PNG" and not _PNG_EXIF_KEYS & image.info.keys() and not _PNG_TEXT & set(_png_chunks(data)):
-        return 1  # Spares a decode: PIL looks for a PNG's EXIF behind its pixels too.
+    if image.format == "PNG" and not _PNG_EXIF_KEYS & image.info.keys():
+        late = png_of_late_metadata(tail)
+        if late is None:
+            return 1
+        with Image.open(BytesIO(late), formats=_FORMATS) as carrier:
+            return _exif_orientation(carrier)
+    return _exif_orientation(image)
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    """Broken metadata does not make an image unreadable: it counts as none."""
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except _METADATA_ERRORS:
+        # The general method: that of PNG files decodes the picture first.
+        value = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
+    except _DECODER_ERRORS:
         return 1
     return value if isinstance(value, int) and value in _TRANSPOSE else 1
 
 
-def _may_be_cut_off(image_format: str | None, data: bytes) -> bool:
-    """Whether the end mark of the format is missing: always so in a truncated file, rarely so in a whole one."""
-    if image_format in ("JPEG", "MPO"):
-        return b"\xff\xd9" not in data[-4096:]
-    if image_format == "PNG":
-        return b"IEND" not in _png_chunks(data)
-    if image_format == "WEBP":
-        return len(data) < int.from_bytes(data[4:8], "little") + 8
+def _may_be_cut_off(image: Image.Image, stream: BinaryIO, size_bytes: int) -> bool:
+    """Whether the end of the file is missing: always so in a truncated one, rarely so in a whole one."""
+    if image.format in ("JPEG", "MPO"):
+        return _JPEG_END not in _tail(stream, _JPEG_TAIL_BYTES)
+    if image.format == "PNG":
+        return not png_is_whole(_tail(stream, _PNG_TAIL_BYTES))
+    if image.format == "GIF":
+        return not _tail(stream, _GIF_TAIL_BYTES).rstrip(b"\0").endswith(_GIF_END)
+    if image.format in ("BMP", "TIFF"):
+        return _last_byte(image) > size_bytes
     return False
 
 
-def _png_chunks(data: bytes) -> list[bytes]:
-    """The types of a PNG's chunks in order, without reading what is in them."""
-    types: list[bytes] = []
-    at = _PNG_SIGNATURE_BYTES
-    while at + _PNG_CHUNK_BYTES <= len(data):
-        types.append(data[at + 4 : at + 8])
-        at += _PNG_CHUNK_BYTES + int.from_bytes(data[at : at + 4], "big")
-    return types
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # PIL would clip instead of scale, and give a white picture.
-        image = Image.fromarray((np.asarray(image, dtype=np.uint32) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of kind {image.mode!r} (32 bits per channel) have no fixed range")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
+def _last_byte(image: Image.Image) -> int:
+    """Where the pixels of a BMP or TIFF file end, as far as its header tells, bytes from the start."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        ends = [
+            start + length
+            for starts, lengths in _TIFF_DATA_TAGS
+            for start, length in zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False)
+        ]
+        return max(ends, default=0)
+    if isinstance(image, BmpImagePlugin.BmpImageFile) and image.tile[0].codec_name == "raw":
+        match image.tile[0].args:
+            case (_, int(row_bytes), _):
+                return image.tile[0].offset + row_bytes * image.size[1]
+    return 0
 
 
 def _reason(error: Exception) -> str:

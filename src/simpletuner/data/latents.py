@@ -9,11 +9,12 @@ and a renamed file is the same one. The VAE is loaded only if an entry is missin
 from __future__ import annotations
 
 import os
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -22,17 +23,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from simpletuner.data.discovery import Progress
-from simpletuner.data.hashing import content_hash, stable_hash
+from simpletuner.data.discovery import Progress, learn_contents, reason_of, remember_unreadable
+from simpletuner.data.hashing import stable_hash
+from simpletuner.data.image_index import open_index
 from simpletuner.data.images import UnreadableImageError, cut, decode, without_decoder_warnings
-from simpletuner.data.records import Plan, Sample, Size
+from simpletuner.data.records import Geometry, Plan, Sample, Size
+from simpletuner.data.storage import ChangedFileError, FileInfo, Storage
 from simpletuner.data.store import TensorStore, Writer
+from simpletuner.data.workers import in_order, process_pool, thread_pool
 from simpletuner.problems import DatasetError, Problem
 
-_PIXELS_VERSION = "pixels 1"
+_PIXELS_VERSION = "pixels 2"
 """Part of every key. Changes when decoding or resizing gives other pixels."""
-_HOLD_UP_TO_BYTES = 1 << 30
+HOLD_UP_TO_BYTES = 1 << 30
+"""Latents of a run that stay in main memory."""
 _MAX_DECODERS = 8
+_PROCESSES_FROM_PICTURES = 1024
 
 
 class LatentEncoder(Protocol):
@@ -60,12 +66,37 @@ class LatentSource:
     open: Callable[[], LatentEncoder]
 
 
+class PlanAgainError(Exception):
+    """Images turned out to be unreadable when they were decoded. The index knows them now, a new plan leaves them
+    out."""
+
+
+@dataclass(frozen=True)
+class LatentKeys:
+    """The name of a sample's latent in a cache, once the contents of all files are known."""
+
+    encoder_id: str
+    contents: Mapping[str, Mapping[str, str]]
+    """Dataset id -> key of a file -> content id."""
+
+    def of(self, sample: Sample) -> str:
+        """See `latent_key`."""
+        content_id = self.contents[sample.dataset_id][sample.record.key]
+        return latent_key(sample.geometry, content_id, self.encoder_id)
+
+
+def latent_key(geometry: Geometry, content_id: str, encoder_id: str) -> str:
+    """The name of a latent in a cache, 32 hex digits: a hash of the image's bytes, its geometry and the encoder."""
+    numbers = (*geometry.target, *geometry.intermediary, *geometry.crop)
+    return stable_hash(_PIXELS_VERSION, content_id, encoder_id, *numbers)
+
+
 class LatentStore:
     """The latents of a plan. Small sets end up in memory as a whole, large ones are read as they are asked for."""
 
-    def __init__(self, encoder_id: str, stores: Mapping[str, TensorStore]) -> None:
+    def __init__(self, keys: LatentKeys, stores: Mapping[str, TensorStore]) -> None:
         """Args: stores: by dataset id; several datasets may share one."""
-        self._encoder_id = encoder_id
+        self._keys = keys
         self._stores = stores
         self._held: dict[str, Tensor] = {}
         self._held_bytes = 0
@@ -75,29 +106,59 @@ class LatentStore:
 
         Raises: DatasetError: the cache file was damaged since the run began.
         """
-        key = latent_key(sample, self._encoder_id)
+        key = self._keys.of(sample)
         held = self._held.get(key)
         if held is not None:
             return held
         latent = self._stores[sample.dataset_id].get(key)
-        if self._held_bytes + latent.nbytes <= _HOLD_UP_TO_BYTES:
+        if self._held_bytes + latent.nbytes <= HOLD_UP_TO_BYTES:
             self._held[key] = latent
             self._held_bytes += latent.nbytes
         return latent
 
 
-def latent_key(sample: Sample, encoder_id: str) -> str:
-    """The name of a sample's latent in a cache: 32 hex digits."""
-    geometry = sample.geometry
-    numbers = (*geometry.target, *geometry.intermediary, *geometry.crop)
-    return stable_hash(_PIXELS_VERSION, sample.record.content_id, encoder_id, *numbers)
+def learn_latent_keys(
+    plan: Plan, encoder_id: str, *, cache_dir: Path, on_progress: Progress, max_workers: int | None = None
+) -> LatentKeys:
+    """Read the files whose content is not known yet; the index in `cache_dir` remembers it.
+
+    `on_progress` is called with (contents known, contents wanted).
+    Raises: DatasetError: files that cannot be read or changed since the scan, every one of them named.
+    """
+    wanted: dict[str, dict[str, FileInfo]] = {}
+    for dataset in plan.datasets:
+        files = wanted.setdefault(dataset.storage.id, {})
+        files.update((s.record.key, s.record.file) for bucket in dataset.buckets for s in bucket.samples)
+    total = sum(map(len, wanted.values()))
+    contents: dict[str, Mapping[str, str]] = {}
+    problems: list[Problem] = []
+    before = 0
+    with open_index(cache_dir) as index:
+        for storage in {dataset.storage.id: dataset.storage for dataset in plan.datasets}.values():
+            files = wanted[storage.id]
+            contents[storage.id], failed = learn_contents(
+                storage,
+                [files[key] for key in sorted(files)],
+                index,
+                on_progress=partial(_report, on_progress, before, total),
+                max_workers=max_workers,
+            )
+            before += len(files)
+            problems += _failure_problems(
+                [_BadImage(storage=storage, file=files[key], error=failed[key]) for key in failed]
+            )
+    if problems:
+        raise DatasetError(problems)
+    return LatentKeys(encoder_id, {dataset.id: contents[dataset.storage.id] for dataset in plan.datasets})
 
 
 def cache_latents(
     plan: Plan,
     source: LatentSource,
+    keys: LatentKeys,
     *,
     directory_of: Callable[[str], Path],
+    cache_dir: Path,
     batch_size: int,
     on_progress: Progress,
     write_batch_size: int = 128,
@@ -107,14 +168,18 @@ def cache_latents(
 
     Args:
         directory_of: the cache directory of a dataset id.
+        cache_dir: where the index of known images is.
         batch_size: images per call of the encoder. All of one call have the same size.
         on_progress: called with (latents there, latents wanted), first before anything is encoded.
         write_batch_size: latents per file of the cache; what a killed run loses is at most that, and at most ten
             seconds' work.
-        max_workers: threads that decode images; None: up to 8.
-    Raises: DatasetError: images that cannot be decoded or changed since the scan, every one of them named, after all
-        others were encoded and stored; or the cache cannot be written.
+        max_workers: how many decode images at once; None: up to 8.
+    Raises:
+        PlanAgainError: images cannot be decoded; all others were encoded and stored.
+        DatasetError: files that cannot be read or changed since the scan, every one of them named, after all others
+            were encoded and stored; or the cache cannot be written.
     """
+    storages = {dataset.id: dataset.storage for dataset in plan.datasets}
     opened: dict[Path, TensorStore] = {}
     stores: dict[str, TensorStore] = {}
     for dataset in plan.datasets:
@@ -122,20 +187,33 @@ def cache_latents(
         if directory not in opened:
             opened[directory] = TensorStore(directory)
         stores[dataset.id] = opened[directory]
-    writers: dict[TensorStore, Writer] = {}
-    wanted = _wanted(plan, stores, source.id)
+    wanted = _wanted(plan, stores, keys)
     for store, by_key in wanted.items():
         store.discard_damaged(by_key)
-    jobs = [job for store, by_key in wanted.items() for job in _jobs(store, by_key, batch_size)]
+    jobs = [job for store, by_key in wanted.items() for job in _jobs(store, by_key, storages, batch_size)]
     total = sum(len(by_key) for by_key in wanted.values())
     done = sum(key in store for store, by_key in wanted.items() for key in by_key)
     on_progress(done, total)
     if jobs:
         with ExitStack() as stack:
-            for store in {job.store: None for job in jobs}:
-                writers[store] = stack.enter_context(store.writer(group_entries=write_batch_size))
-            _encode(jobs, source, writers, done=done, total=total, on_progress=on_progress, max_workers=max_workers)
-    return LatentStore(source.id, stores)
+            writers = {
+                store: stack.enter_context(store.writer(group_entries=write_batch_size))
+                for store in {job.store: None for job in jobs}
+            }
+            bad = _encode(
+                jobs, source, writers, done=done, total=total, on_progress=on_progress, max_workers=max_workers
+            )
+        _settle(bad, cache_dir)
+    return LatentStore(keys, stores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Picture:
+    """One image to decode, as a worker takes it."""
+
+    storage: Storage
+    file: FileInfo
+    geometry: Geometry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,27 +222,31 @@ class _Job:
 
     store: TensorStore
     keys: tuple[str, ...]
-    samples: tuple[Sample, ...]
+    pictures: tuple[_Picture, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _BadImage:
-    path: Path
-    reason: str
-    """Empty if the file is not the one that was scanned."""
+    """A file that gave no picture: `UnreadableImageError` if it is no whole image, else what reading it said."""
+
+    storage: Storage
+    file: FileInfo
+    error: UnreadableImageError | OSError
 
 
-_Picture = npt.NDArray[np.uint8]  # [H, W, C]
+Pixels = npt.NDArray[np.uint8]  # [H, W, C]
 
 
-def _wanted(plan: Plan, stores: Mapping[str, TensorStore], encoder_id: str) -> dict[TensorStore, dict[str, Sample]]:
+def _wanted(plan: Plan, stores: Mapping[str, TensorStore], keys: LatentKeys) -> dict[TensorStore, dict[str, Sample]]:
     wanted: dict[TensorStore, dict[str, Sample]] = defaultdict(dict)
     for sample in plan.samples():
-        wanted[stores[sample.dataset_id]].setdefault(latent_key(sample, encoder_id), sample)
+        wanted[stores[sample.dataset_id]].setdefault(keys.of(sample), sample)
     return wanted
 
 
-def _jobs(store: TensorStore, by_key: Mapping[str, Sample], batch_size: int) -> Iterator[_Job]:
+def _jobs(
+    store: TensorStore, by_key: Mapping[str, Sample], storages: Mapping[str, Storage], batch_size: int
+) -> Iterator[_Job]:
     """Yield the calls of the encoder that are not all there yet.
 
     Who shares a call is settled by what is wanted, never by what happens to be missing: a VAE may round differently
@@ -177,7 +259,11 @@ def _jobs(store: TensorStore, by_key: Mapping[str, Sample], batch_size: int) -> 
         for first in range(0, len(keys), batch_size):
             group = tuple(keys[first : first + batch_size])
             if not all(key in store for key in group):
-                yield _Job(store=store, keys=group, samples=tuple(by_key[key] for key in group))
+                yield _Job(store=store, keys=group, pictures=tuple(_task(by_key[key], storages) for key in group))
+
+
+def _task(sample: Sample, storages: Mapping[str, Storage]) -> _Picture:
+    return _Picture(storage=storages[sample.dataset_id], file=sample.record.file, geometry=sample.geometry)
 
 
 def _encode(
@@ -189,16 +275,22 @@ def _encode(
     total: int,
     on_progress: Progress,
     max_workers: int | None,
-) -> None:
+) -> list[_BadImage]:
+    """Decode, encode and store; return the images that could not be decoded. Their companions are left for later."""
     bad: list[_BadImage] = []
-    num_workers = max_workers or min(os.cpu_count() or 1, _MAX_DECODERS)
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="decode")
+    num_workers = min(max_workers or os.cpu_count() or 1, _MAX_DECODERS)
+    num_pictures = sum(len(job.pictures) for job in jobs)
+    pool = process_pool(num_workers) if num_pictures >= _PROCESSES_FROM_PICTURES else thread_pool(num_workers)
     with ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
         stack.enter_context(without_decoder_warnings())
         encoder = source.open()
         assert encoder.id == source.id, "the cache would be filled under another encoder's name"
-        for job, results in _decode_ahead(jobs, pool, num_ahead=2 + num_workers // len(jobs[0].keys)):
+        tasks = (picture for job in jobs for picture in job.pictures)
+        num_ahead = 2 * max(num_workers, len(jobs[0].pictures))
+        decoded = in_order(_decode, tasks, pool, num_ahead=num_ahead)
+        for job in jobs:
+            results = [result for _, result in islice(decoded, len(job.pictures))]
             pictures = [result for result in results if not isinstance(result, _BadImage)]
             if len(pictures) < len(results):
                 bad += [result for result in results if isinstance(result, _BadImage)]
@@ -206,56 +298,63 @@ def _encode(
             done += sum(key not in job.store for key in job.keys)
             _encode_job(job, pictures, encoder, writers[job.store])
             on_progress(done, total)
-    if bad:
-        raise DatasetError(_bad_image_problems(bad))
+    return bad
 
 
-def _decode_ahead(
-    jobs: Sequence[_Job], pool: ThreadPoolExecutor, *, num_ahead: int
-) -> Iterator[tuple[_Job, list[_Picture | _BadImage]]]:
-    """Yield every job with its pictures, in order, while later ones are being decoded."""
-    pending: deque[tuple[_Job, list[Future[_Picture | _BadImage]]]] = deque()
-    for job in jobs:
-        pending.append((job, [pool.submit(_picture, sample) for sample in job.samples]))
-        if len(pending) > num_ahead:
-            first, futures = pending.popleft()
-            yield first, [future.result() for future in futures]
-    for job, futures in pending:
-        yield job, [future.result() for future in futures]
-
-
-def _picture(sample: Sample) -> _Picture | _BadImage:
-    record = sample.record
+def _decode(picture: _Picture) -> Pixels | _BadImage:
     try:
-        data = record.path.read_bytes()
-        if content_hash(data) != record.content_id:
-            return _BadImage(path=record.path, reason="")
-        return cut(decode(data), sample.geometry)
-    except UnreadableImageError as error:
-        return _BadImage(path=record.path, reason=str(error))
-    except OSError as error:
-        return _BadImage(path=record.path, reason=error.strerror or str(error))
+        return cut(decode(picture.storage.read(picture.file)), picture.geometry)
+    except (UnreadableImageError, OSError) as error:
+        return _BadImage(storage=picture.storage, file=picture.file, error=error)
 
 
-def _encode_job(job: _Job, pictures: Sequence[_Picture], encoder: LatentEncoder, writer: Writer) -> None:
-    pixels_BHWC = torch.from_numpy(np.stack(pictures))
-    images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
-    with torch.no_grad():
-        latents_BChw = encoder.encode(images_BCHW).to("cpu", torch.float32)
-    assert len(latents_BChw) == len(job.keys)
-    for key, sample, latent in zip(job.keys, job.samples, latents_BChw, strict=True):
-        if not bool(torch.isfinite(latent).all()):
-            raise DatasetError(Problem(code="E-LATENT-NOT-FINITE", params={"file": str(sample.record.path)}))
+def _settle(bad: Sequence[_BadImage], cache_dir: Path) -> None:
+    problems = _failure_problems([item for item in bad if isinstance(item.error, OSError)])
+    if problems:
+        raise DatasetError(problems)
+    if not bad:
+        return
+    with open_index(cache_dir) as index:
+        for storage in {item.storage.id: item.storage for item in bad}.values():
+            reasons = {item.file: str(item.error) for item in bad if item.storage.id == storage.id}
+            remember_unreadable(storage, reasons, index)
+    raise PlanAgainError
+
+
+def _encode_job(job: _Job, pixels: Sequence[Pixels], encoder: LatentEncoder, writer: Writer) -> None:
+    shown = [picture.storage.shown(picture.file.key) for picture in job.pictures]
+    for key, latent in zip(job.keys, encode_pixels(pixels, encoder, shown), strict=True):
         writer.put(key, latent)
 
 
-def _bad_image_problems(bad: Sequence[_BadImage]) -> list[Problem]:
+def encode_pixels(pixels: Sequence[Pixels], encoder: LatentEncoder, names: Sequence[str]) -> list[Tensor]:
+    """Return the latents of pictures of one size, each [C, h, w] float32 on the CPU.
+
+    Raises: DatasetError: a latent is not finite; it tells the name of its picture.
+    """
+    pixels_BHWC = torch.from_numpy(np.stack(pixels))
+    images_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+    with torch.no_grad():
+        latents_BChw = encoder.encode(images_BCHW).to("cpu", torch.float32)
+    for name, latent in zip(names, latents_BChw, strict=True):
+        if not bool(torch.isfinite(latent).all()):
+            raise DatasetError(Problem(code="E-LATENT-NOT-FINITE", params={"file": name}))
+    return list(latents_BChw)
+
+
+def _failure_problems(bad: Sequence[_BadImage]) -> list[Problem]:
+    """What to tell of files that could not be read."""
     problems: list[Problem] = []
-    broken = [f"{item.path.name} ({item.reason})" for item in bad if item.reason]
-    changed = [str(item.path) for item in bad if not item.reason]
-    if broken:
-        params = {"count": len(broken), "folder": str(bad[0].path.parent), "files": ", ".join(broken)}
+    changed = [item.storage.shown(item.file.key) for item in bad if isinstance(item.error, ChangedFileError)]
+    failed = [item for item in bad if not isinstance(item.error, ChangedFileError)]
+    if failed:
+        names = [f"{item.file.key} ({reason_of(item.error)})" for item in failed]
+        params = {"count": len(names), "folder": failed[0].storage.id, "files": ", ".join(names)}
         problems.append(Problem(code="E-IMAGE-UNREADABLE", params=params))
     if changed:
         problems.append(Problem(code="E-IMAGE-CHANGED", params={"count": len(changed), "files": ", ".join(changed)}))
     return problems
+
+
+def _report(on_progress: Progress, before: int, total: int, done: int, _total_of_storage: int) -> None:
+    on_progress(before + done, total)

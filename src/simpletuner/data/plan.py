@@ -6,18 +6,16 @@ All problems of all datasets are found before any is reported.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from simpletuner.data.captions import BadCaption, CaptionFault, lacks_instance_prompt, read_captions
-from simpletuner.data.discovery import Listing, Progress, Scan, list_images, scan
+from simpletuner.data.captions import BadCaption, CaptionFault, lacks_instance_prompt, needs_texts, read_captions
+from simpletuner.data.discovery import Progress, Scan, read_texts, scan
 from simpletuner.data.geometry import fit
 from simpletuner.data.hashing import stable_hash
-from simpletuner.data.image_index import open_index
-from simpletuner.data.images import EXTENSIONS
+from simpletuner.data.image_index import ImageIndex, open_index
 from simpletuner.data.records import (
     Bucket,
     DatasetPlan,
@@ -31,7 +29,8 @@ from simpletuner.data.records import (
     Size,
 )
 from simpletuner.data.spec import DatasetSpec
-from simpletuner.problems import DatasetError, Fix, Problem
+from simpletuner.data.storage import EXTENSIONS, Listing, Storage, Unreadable
+from simpletuner.problems import DatasetError, Fix, Problem, Severity
 
 _NAMES_IN_A_MESSAGE = 100
 _FAULT_CODES = {
@@ -58,17 +57,25 @@ def build_plan(
         seed: for random crops and aspects.
         cache_dir: where the index of known images is kept.
         on_progress: called with (images looked at, images found), over all datasets.
-        max_workers: threads that read images; None: up to 8.
+        max_workers: processes that read images; None: as many as are useful.
     Raises: DatasetError with every problem of every dataset.
     """
     problems: list[Problem] = []
-    scans = _scan_folders(_list_folders(specs, problems), cache_dir, on_progress, max_workers)
-    problems += [_unreadable_problem(done) for done in scans.values() if done.unreadable]
+    listings = _list_storages(specs, problems)
     datasets: list[DatasetPlan] = []
+    with open_index(cache_dir) as index:
+        scans = _scan_storages(specs, listings, index, on_progress, max_workers)
+        texts: dict[str, Mapping[str, bytes]] = {}
+        for spec in specs:
+            scan_of = scans.get(spec.storage.id)
+            if scan_of is not None and needs_texts(spec.captions) and spec.storage.id not in texts:
+                texts[spec.storage.id] = read_texts(scan_of, index, max_workers=max_workers)
+    problems += _unreadable_problems(specs, scans)
     for spec in specs:
-        folder = _absolute(spec.instance_data_dir)
-        if folder in scans:
-            found = _plan_dataset(spec, scans[folder], seed=seed, batch_size=batch_size)
+        if spec.storage.id in scans:
+            found = _plan_dataset(
+                spec, scans[spec.storage.id], texts.get(spec.storage.id, {}), seed=seed, batch_size=batch_size
+            )
             if isinstance(found, DatasetPlan):
                 datasets.append(found)
             else:
@@ -81,15 +88,24 @@ def build_plan(
 
 
 def folder_problems(specs: Sequence[DatasetSpec]) -> list[Problem]:
-    """What a listing of the folders tells without reading a file: one that is missing, closed or without images."""
+    """What a listing tells without reading a file: a place that is missing, closed or without images."""
     problems: list[Problem] = []
-    listings = _list_folders(specs, problems)
-    empty = {folder: listing for folder, listing in listings.items() if not listing.files}
+    listings = _list_storages(specs, problems)
+    empty = {name: listing for name, listing in listings.items() if not listing.images}
     for spec in specs:
-        listing = empty.pop(_absolute(spec.instance_data_dir), None)
+        listing = empty.pop(spec.storage.id, None)
         if listing is not None:
             problems.append(_empty_problem(spec, listing))
     return problems
+
+
+def unreadable_warnings(plan: Plan) -> list[Problem]:
+    """One warning for each storage with images that are left out because they cannot be read."""
+    by_place = {dataset.storage.id: dataset for dataset in plan.datasets if dataset.unreadable}
+    return [
+        _unreadable_problem(dataset.storage, dataset.unreadable, code="W-IMAGE-UNREADABLE", severity=Severity.WARNING)
+        for dataset in by_place.values()
+    ]
 
 
 def minimum_repeats(num_images: int, batch_size: int) -> int:
@@ -97,50 +113,58 @@ def minimum_repeats(num_images: int, batch_size: int) -> int:
     return -(-batch_size // num_images) - 1
 
 
-def _list_folders(specs: Sequence[DatasetSpec], problems: list[Problem]) -> dict[Path, Listing]:
-    """List each folder once, though several datasets may use it."""
-    listings: dict[Path, Listing] = {}
+def _list_storages(specs: Sequence[DatasetSpec], problems: list[Problem]) -> dict[str, Listing]:
+    """List each storage once, though several datasets may use it."""
+    listings: dict[str, Listing] = {}
+    failed: set[str] = set()
     for spec in specs:
-        folder = _absolute(spec.instance_data_dir)
-        if folder in listings:
-            continue
-        params: dict[str, object] = {"id": spec.id, "folder": str(folder)}
-        if not folder.is_dir():
-            problems.append(Problem(code="E-DATASET-FOLDER-MISSING", params=params))
+        name = spec.storage.id
+        if name in listings or name in failed:
             continue
         try:
-            listings[folder] = list_images(folder)
+            listings[name] = spec.storage.list_files()
         except OSError as error:
-            params |= {"folder": str(error.filename or folder), "reason": error.strerror or str(error)}
-            problems.append(Problem(code="E-DATASET-FOLDER-UNREADABLE", params=params))
+            failed.add(name)
+            problems.append(_listing_problem(spec, error))
     return listings
 
 
-def _scan_folders(
-    listings: dict[Path, Listing], cache_dir: Path, on_progress: Progress, max_workers: int | None
-) -> dict[Path, Scan]:
-    total = sum(len(listing.files) for listing in listings.values())
-    scans: dict[Path, Scan] = {}
-    with open_index(cache_dir) as index:
-        for folder, listing in listings.items():
-            before = sum(len(done.listing.files) for done in scans.values())
-            progress = partial(_report, on_progress, before, total)
-            scans[folder] = scan(listing, index, on_progress=progress, max_workers=max_workers)
+def _listing_problem(spec: DatasetSpec, error: OSError) -> Problem:
+    name = spec.storage.id
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return Problem(code="E-DATASET-FOLDER-MISSING", params={"id": spec.id, "folder": name})
+    params = {"id": spec.id, "folder": str(error.filename or name), "reason": error.strerror or str(error)}
+    return Problem(code="E-DATASET-FOLDER-UNREADABLE", params=params)
+
+
+def _scan_storages(
+    specs: Sequence[DatasetSpec],
+    listings: Mapping[str, Listing],
+    index: ImageIndex,
+    on_progress: Progress,
+    max_workers: int | None,
+) -> dict[str, Scan]:
+    storages = {spec.storage.id: spec.storage for spec in specs}
+    total = sum(len(listing.images) for listing in listings.values())
+    scans: dict[str, Scan] = {}
+    before = 0
+    for name, listing in listings.items():
+        progress = partial(_report, on_progress, before, total)
+        scans[name] = scan(storages[name], listing, index, on_progress=progress, max_workers=max_workers)
+        before += len(listing.images)
     return scans
 
 
-def _report(on_progress: Progress, before: int, total: int, done: int, _total_of_folder: int) -> None:
+def _report(on_progress: Progress, before: int, total: int, done: int, _total_of_storage: int) -> None:
     on_progress(before + done, total)
 
 
-def _absolute(folder: Path) -> Path:
-    return Path(os.path.abspath(folder))  # noqa: PTH100 (Path.absolute keeps "..", Path.resolve follows links)
-
-
-def _plan_dataset(spec: DatasetSpec, found: Scan, *, seed: int, batch_size: int) -> DatasetPlan | list[Problem]:
+def _plan_dataset(
+    spec: DatasetSpec, found: Scan, texts: Mapping[str, bytes], *, seed: int, batch_size: int
+) -> DatasetPlan | list[Problem]:
     if lacks_instance_prompt(spec.captions):
         return [Problem(code="E-CAPTION-NO-INSTANCE-PROMPT", params={"id": spec.id})]
-    if not found.listing.files:
+    if not found.listing.images:
         return [_empty_problem(spec, found.listing)]
     used, dropped = _select(spec, found.records, seed=seed)
     if not used:
@@ -148,7 +172,7 @@ def _plan_dataset(spec: DatasetSpec, found: Scan, *, seed: int, batch_size: int)
     by_size: dict[Size, list[Sample]] = defaultdict(list)
     bad_captions: list[BadCaption] = []
     for record, geometry in used:
-        captions = read_captions(record.path, spec.captions)
+        captions = read_captions(record.key, spec.captions, texts)
         if isinstance(captions, BadCaption):
             bad_captions.append(captions)
             continue
@@ -157,8 +181,7 @@ def _plan_dataset(spec: DatasetSpec, found: Scan, *, seed: int, batch_size: int)
     if bad_captions:
         return _caption_problems(spec, bad_captions)
     buckets = tuple(
-        # By content, so that renaming files does not change the order of training.
-        Bucket(size=size, samples=tuple(sorted(samples, key=lambda s: (s.record.content_id, s.record.key))))
+        Bucket(size=size, samples=tuple(sorted(samples, key=lambda s: s.record.key)))
         for size, samples in sorted(by_size.items())
     )
     batch_size = spec.train_batch_size or batch_size
@@ -167,12 +190,14 @@ def _plan_dataset(spec: DatasetSpec, found: Scan, *, seed: int, batch_size: int)
         return [_no_batch_problem(spec, buckets, short, batch_size)]
     return DatasetPlan(
         id=spec.id,
+        storage=spec.storage,
         buckets=buckets,
         repeats=spec.repeats,
         probability=spec.probability,
         is_regularisation=spec.is_regularisation_data,
         caption_dropout_probability=spec.caption_dropout_probability,
         dropped=tuple(dropped),
+        unreadable=found.unreadable,
         batch_size=spec.train_batch_size,
     )
 
@@ -183,14 +208,14 @@ def _select(
     used: list[tuple[ImageRecord, Geometry]] = []
     dropped: list[Dropped] = []
     for record in records:
-        result = fit(record.size, spec.resize, seed=seed, content_id=record.content_id)
+        result = fit(record.size, spec.resize, seed=seed, content_id=record.key)
         if isinstance(result, DropReason):
             dropped.append(Dropped(key=record.key, reason=result))
         else:
             used.append((record, result))
     if spec.max_num_samples is not None and len(used) > spec.max_num_samples:
-        # The subset is the dataset's own: neither the seed nor another image's name changes who is in it.
-        used.sort(key=lambda pair: stable_hash(spec.id, pair[0].content_id, pair[0].key))
+        # The subset is the dataset's own: neither the seed nor another image changes who is in it.
+        used.sort(key=lambda pair: stable_hash(spec.id, pair[0].key))
         dropped += [Dropped(key=record.key, reason=DropReason.LIMIT) for record, _ in used[spec.max_num_samples :]]
         del used[spec.max_num_samples :]
     return used, dropped
@@ -201,14 +226,19 @@ def _fingerprint(datasets: Sequence[DatasetPlan]) -> str:
         [
             [d.id, d.repeats, d.probability, d.is_regularisation, d.caption_dropout_probability, d.batch_size],
             [
-                [s.record.content_id, s.geometry.target, s.geometry.intermediary, s.geometry.crop, s.captions]
+                [*_identity(s.record), s.geometry.target, s.geometry.intermediary, s.geometry.crop, s.captions]
                 for bucket in d.buckets
                 for s in bucket.samples
             ],
         ]
         for d in datasets
     ]
-    return stable_hash("plan 1", json.dumps(content, separators=(",", ":")))
+    return stable_hash("plan 2", json.dumps(content, separators=(",", ":")))
+
+
+def _identity(record: ImageRecord) -> tuple[str, Size, int]:
+    """What is known of an image's content without reading it: a copy of the folder elsewhere has the same."""
+    return record.key, record.size, record.file.size_bytes
 
 
 def plan_parts(plan: Plan) -> PlanParts:
@@ -220,10 +250,10 @@ def plan_parts(plan: Plan) -> PlanParts:
     ]
 
     def fingerprint(*content: object) -> str:
-        return stable_hash("plan part 1", json.dumps(content, separators=(",", ":")))
+        return stable_hash("plan part 2", json.dumps(content, separators=(",", ":")))
 
     def of_samples(what: Callable[[Sample], object]) -> str:
-        return fingerprint(*(sorted((s.record.content_id, what(s)) for s in dataset) for dataset in samples))
+        return fingerprint(*(sorted((*_identity(s.record), what(s)) for s in dataset) for dataset in samples))
 
     return PlanParts(
         num_images=sum(dataset.num_images for dataset in plan.datasets),
@@ -239,10 +269,24 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" (+{more})" if more > 0 else "")
 
 
-def _unreadable_problem(found: Scan) -> Problem:
-    names = [f"{item.key} ({item.reason})" for item in found.unreadable]
-    params = {"count": len(names), "folder": str(found.listing.folder), "files": _names(names)}
-    return Problem(code="E-IMAGE-UNREADABLE", params=params)
+def _unreadable_problems(specs: Sequence[DatasetSpec], scans: Mapping[str, Scan]) -> list[Problem]:
+    """Errors for images that cannot be read: where a dataset does not skip them, or where they are all there is."""
+    problems: dict[str, Problem] = {}
+    for spec in specs:
+        found = scans.get(spec.storage.id)
+        if found is not None and found.unreadable and not (spec.skips_unreadable and found.records):
+            problems[spec.storage.id] = _unreadable_problem(
+                found.storage, found.unreadable, code="E-IMAGE-UNREADABLE", severity=Severity.ERROR
+            )
+    return list(problems.values())
+
+
+def _unreadable_problem(
+    storage: Storage, unreadable: Sequence[Unreadable], *, code: str, severity: Severity
+) -> Problem:
+    names = [f"{item.key} ({item.reason})" for item in unreadable]
+    params = {"count": len(names), "folder": storage.id, "files": _names(names)}
+    return Problem(code=code, severity=severity, params=params)
 
 
 def _empty_problem(spec: DatasetSpec, listing: Listing) -> Problem:
@@ -251,7 +295,7 @@ def _empty_problem(spec: DatasetSpec, listing: Listing) -> Problem:
         code="E-DATASET-EMPTY",
         params={
             "id": spec.id,
-            "folder": str(listing.folder),
+            "folder": spec.storage.id,
             "extensions": " ".join(EXTENSIONS),
             "count": sum(other.count for other in listing.others),
             "others": others or "-",
@@ -266,7 +310,7 @@ def _all_dropped_problem(spec: DatasetSpec, found: Scan, dropped: Sequence[Dropp
         code="E-DATASET-ALL-DROPPED",
         params={
             "id": spec.id,
-            "folder": str(found.listing.folder),
+            "folder": found.storage.id,
             "count": len(dropped),
             "largest": f"{largest[0]}x{largest[1]}",
             "minimum_image_size": spec.resize.minimum_image_size or "-",
@@ -279,7 +323,7 @@ def _all_dropped_problem(spec: DatasetSpec, found: Scan, dropped: Sequence[Dropp
 def _caption_problems(spec: DatasetSpec, bad: Sequence[BadCaption]) -> list[Problem]:
     problems: list[Problem] = []
     for fault, code in _FAULT_CODES.items():
-        paths = [str(item.path) for item in bad if item.fault is fault]
+        paths = [spec.storage.shown(item.key) for item in bad if item.fault is fault]
         if paths:
             params = {"id": spec.id, "count": len(paths), "files": _names(paths)}
             problems.append(Problem(code=code, params=params))

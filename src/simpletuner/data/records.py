@@ -7,23 +7,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
+from typing import Literal
+
+from simpletuner.data.storage import FileInfo, Storage, Unreadable
 
 Size = tuple[int, int]
+Trait = Literal["alpha", "animated", "cmyk", "deep", "grey", "palette", "profile", "rotated"]
+"""What a header says about an image's kind.
+
+alpha: it has transparency. animated: several frames or pages, of which the first is used. deep: 16 bits and more per
+channel. profile: a colour profile other than sRGB. rotated: its pixels are stored turned or mirrored (EXIF).
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageHeader:
+    """What the start of an image file tells, without its pixels."""
+
+    size: Size
+    traits: frozenset[Trait]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRecord:
-    """One image file, known from its header and the hash of its bytes."""
+    """One image file, known from its header."""
 
-    path: Path
-    key: str
-    """Path inside the dataset's folder with forward slashes: `cats/tom.jpg`."""
+    file: FileInfo
     size: Size
-    size_bytes: int
-    mtime_ns: int
-    content_id: str
-    """Hash of the file's bytes, 32 hex digits. Renaming or moving a file does not change it."""
+    traits: str = ""
+    """The `Trait`s of its header, sorted, with spaces between them."""
+
+    @property
+    def key(self) -> str:
+        """Path inside the dataset with forward slashes: `cats/tom.jpg`."""
+        return self.file.key
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +102,9 @@ class DatasetPlan:
     is_regularisation: bool
     caption_dropout_probability: float
     dropped: tuple[Dropped, ...]
+    storage: Storage
+    unreadable: tuple[Unreadable, ...] = ()
+    """Files that are named like images and cannot be used."""
     batch_size: int | None = None
     """Samples of one micro-batch of this dataset; None: the run's."""
 
@@ -100,11 +120,11 @@ class DatasetPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Every sample of a run, in an order that depends only on the images' content."""
+    """Every sample of a run, in an order that depends only on the names of the images."""
 
     datasets: tuple[DatasetPlan, ...]
     fingerprint: str
-    """Changes when, and only when, something changes that training can see."""
+    """Changes when something changes that training can see. Of the images it knows names and headers."""
 
     def samples(self) -> tuple[Sample, ...]:
         """All samples of all datasets, in plan order."""

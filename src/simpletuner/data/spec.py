@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
+
+from simpletuner.data.storage import Storage
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CropStyle = Literal["random", "center", "corner"]
@@ -64,7 +65,7 @@ class DatasetSpec:
     """One image dataset of the run."""
 
     id: str
-    instance_data_dir: Path
+    storage: Storage
     resize: ResizeSpec = field(default_factory=ResizeSpec)
     captions: CaptionSpec = field(default_factory=CaptionSpec)
     repeats: int = 0
@@ -74,3 +75,5 @@ class DatasetSpec:
     max_num_samples: int | None = None
     train_batch_size: int | None = None
     """Samples of one micro-batch of this dataset; None: the run's."""
+    skips_unreadable: bool = True
+    """Leave out images that cannot be read; otherwise they are an error."""

@@ -124,7 +124,7 @@ def _sampled(
             context_of=ContextCache(
                 transformer.refine_context, prompts.get, device=compute.device, keep=not refines
             ).get,
-            decode=lambda latents_BCHW: vae.open().decode(latents_BCHW),
+            decode=vae.decode,
             strength=strength,
             latent_channels=Z_IMAGE.latent_channels,
             px_per_latent=Z_IMAGE.vae_factor,

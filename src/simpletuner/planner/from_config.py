@@ -15,7 +15,7 @@ from simpletuner.catalog.modules import LORA_TARGETS
 from simpletuner.catalog.optimizers import OPTIMIZERS
 from simpletuner.catalog.precisions import PRECISIONS
 from simpletuner.catalog.rollouts import mean_offset
-from simpletuner.config.datasets import DatasetsConfig, ImageDataset
+from simpletuner.config.datasets import DatasetsConfig, ImageDataset, encodes_while_training
 from simpletuner.config.lycoris import read_lycoris
 from simpletuner.config.release import releases_gradients
 from simpletuner.config.root import Config
@@ -122,6 +122,7 @@ def plan_input(
         validation=_validation(config),
         guided=config.validation.validation_guidance > 0,
         keeps_vae=memory.keep_vae_loaded,
+        encodes_while_training=any(map(encodes_while_training, datasets.images)),
         vae_batch=config.data.vae_batch_size,
         tile_px=read_tile(config),
         average=_average(config),

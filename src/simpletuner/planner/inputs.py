@@ -110,6 +110,7 @@ class PlanInput:
     validation: Picture | None = None
     guided: bool = False
     keeps_vae: bool = False
+    encodes_while_training: bool = False
     vae_batch: int = 4
     tile_px: int | None = None
     average: Literal["device", "host"] | None = None

@@ -220,6 +220,8 @@ def _training(plan: PlanInput) -> Phase:
         Part(name="working", num_bytes=height.working + _holes(plan)),
         Part(name="contexts", num_bytes=_context_bytes(plan)),
         Part(name="average", num_bytes=average_bytes(plan) if plan.average == "device" else 0),
+        Part(name="vae", num_bytes=vae_weights(plan) if plan.keeps_vae or plan.encodes_while_training else 0),
+        Part(name="pictures", num_bytes=encode_bytes(plan) if plan.encodes_while_training else 0),
     )
     waiting = _adapter_bytes(plan, in_images=True) - _adapter_bytes(plan, in_images=False)
     host = [
@@ -270,13 +272,16 @@ def _prompts(plan: PlanInput) -> Phase:
 
 
 def _latents(plan: PlanInput) -> Phase:
+    device = (Part(name="vae", num_bytes=vae_weights(plan)), Part(name="working", num_bytes=encode_bytes(plan)))
+    pictures = 3 * plan.vae_batch * plan.train.width_px * plan.train.height_px * (_FLOAT32 + 1)
+    return Phase(name="latents", device=device, host=(Part(name="pictures", num_bytes=pictures),))
+
+
+def encode_bytes(plan: PlanInput) -> int:
+    """What encoding takes. At full size: the input, its norm and the convolution of a residual block."""
     pixels = plan.train.width_px * plan.train.height_px
     tile = pixels if plan.tile_px is None else min(pixels, plan.tile_px**2)
-    # At full size: the input, its norm and the convolution of a residual block.
-    working = 4 * plan.sizes.vae.block_out_channels[0] * tile * plan.vae_bytes
-    device = (Part(name="vae", num_bytes=vae_weights(plan)), Part(name="working", num_bytes=working))
-    pictures = 3 * plan.vae_batch * pixels * (_FLOAT32 + 1)
-    return Phase(name="latents", device=device, host=(Part(name="pictures", num_bytes=pictures),))
+    return 4 * plan.sizes.vae.block_out_channels[0] * tile * plan.vae_bytes
 
 
 def average_bytes(plan: PlanInput) -> int:

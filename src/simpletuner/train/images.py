@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from torch import Tensor
-
 from simpletuner.config.root import Config
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
@@ -163,13 +161,10 @@ class Validator:
         return ImageEngine(
             velocity=self._training.velocity,
             context_of=self._training.sampling_contexts.get,
-            decode=self._decode,
+            decode=self._vae.decode,
             strength=self._training.sampling,
             latent_channels=Z_IMAGE.latent_channels,
             px_per_latent=Z_IMAGE.vae_factor,
             px_per_token=Z_IMAGE.alignment_px,
             device=self._training.compute.device,
         )
-
-    def _decode(self, latents_BCHW: Tensor) -> Tensor:
-        return self._vae.open().decode(latents_BCHW)

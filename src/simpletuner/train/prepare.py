@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -11,12 +13,14 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from simpletuner.config.datasets import DatasetsConfig, TextEmbeds
+from simpletuner.config.datasets import DatasetsConfig, TextEmbeds, encodes_while_training, keeps_latents
 from simpletuner.config.root import Config
-from simpletuner.data.latents import LatentSource, LatentStore, cache_latents
+from simpletuner.data.latents import LatentSource, cache_latents, learn_latent_keys
+from simpletuner.data.loader import Latents
+from simpletuner.data.on_demand import OnDemandLatents
 from simpletuner.data.prompts import PromptGroup, PromptSource, PromptStore, cache_prompts
-from simpletuner.data.records import Plan
-from simpletuner.events.progress import Reporter
+from simpletuner.data.records import Plan, Sample
+from simpletuner.events.progress import PhaseProgress, Reporter
 from simpletuner.hardware.process_memory import return_free_memory
 from simpletuner.memory.module_swap import apply_module_swap
 from simpletuner.models.weights import PipelineFiles
@@ -102,38 +106,74 @@ def fill_prompt_cache(
 
 
 class Vae:
-    """The autoencoder of a run: loaded when it is first needed, for the cache or for images."""
+    """The autoencoder of a run: loaded when it is first needed, for latents or for images. Threads may share it."""
 
-    def __init__(self, config: Config, *, files: PipelineFiles, compute: Compute, run: Reporter) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        files: PipelineFiles,
+        compute: Compute,
+        run: Reporter,
+        is_needed_throughout: bool = False,
+    ) -> None:
+        """Args: is_needed_throughout: it encodes while the model trains, so it never leaves the device."""
         self._config = config
         self._files = files
         self._compute = compute
         self._run = run
+        self._stays = config.memory.keep_vae_loaded or is_needed_throughout
+        self._lock = threading.RLock()
         self._codec: LatentCodec | None = None
+        dtype = vae_dtype(config, compute)
+        self.id = codec_id(files.vae, dtype=dtype, tiling=config.memory.vae_enable_tiling)
+
+    def encode(self, images_BCHW: Tensor) -> Tensor:
+        """See `LatentCodec.encode`."""
+        with self._lock:
+            return self.open().encode(images_BCHW)
+
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """See `LatentCodec.decode`."""
+        with self._lock:
+            return self.open().decode(latents_BCHW)
 
     def open(self) -> LatentCodec:
         """The autoencoder, on the device."""
-        if self._codec is None:
-            with self._run.phase("vae"):
-                self._codec = load_codec(self._config, self._files, self._compute)
-        elif self._codec.device != self._compute.device:
-            self._codec.model.to(self._compute.device)
-            self._codec = replace(self._codec, device=self._compute.device)
-        return self._codec
+        with self._lock:
+            if self._codec is None:
+                with self._run.phase("vae"):
+                    self._codec = load_codec(self._config, self._files, self._compute)
+            elif self._codec.device != self._compute.device:
+                self._codec.model.to(self._compute.device)
+                self._codec = replace(self._codec, device=self._compute.device)
+            return self._codec
 
     def close(self) -> None:
-        """Give its memory back, but for `keep_vae_loaded`."""
-        if not self._config.memory.keep_vae_loaded:
+        """Give its memory back, unless it stays."""
+        if not self._stays:
             self._codec = None
 
     def park(self) -> None:
-        """Leave the device to the training; the next images fetch it from main memory. But for `keep_vae_loaded`."""
+        """Leave the device to the training; the next images fetch it from main memory. Unless it stays."""
         device, memory = self._compute.device, self._config.memory
-        if self._codec is None or device.type == "cpu" or memory.keep_vae_loaded or vae_is_offloaded(memory):
-            return
-        self._codec.model.to("cpu")
-        self._codec = replace(self._codec, device=torch.device("cpu"))
+        with self._lock:
+            if self._codec is None or device.type == "cpu" or self._stays or vae_is_offloaded(memory):
+                return
+            self._codec.model.to("cpu")
+            self._codec = replace(self._codec, device=torch.device("cpu"))
         free_memory(device)
+
+
+@dataclass(frozen=True)
+class LatentsByDataset:
+    """The latents of a run, whatever way each dataset gets them."""
+
+    by_id: Mapping[str, Latents]
+
+    def get(self, sample: Sample) -> Tensor:
+        """See `Latents`."""
+        return self.by_id[sample.dataset_id].get(sample)
 
 
 def fill_latent_cache(
@@ -141,32 +181,75 @@ def fill_latent_cache(
     *,
     config: Config,
     datasets: DatasetsConfig,
-    files: PipelineFiles,
     vae: Vae,
     compute: Compute,
     run: Reporter,
-) -> LatentStore:
-    """Latents of all samples of the plan; the VAE is loaded only if one is missing."""
-    dtype = vae_dtype(config, compute)
+    cleanup: ExitStack,
+) -> Latents:
+    """Latents of all samples of the plan, but for those that are encoded while training; the VAE is loaded only if one
+    is missing.
 
-    def open_encoder() -> _Identified[Tensor, Tensor]:
-        return _Identified(identity, vae.open().encode)
-
+    Args: cleanup: outlives the training.
+    Raises:
+        PlanAgainError: images turned out to be unreadable; a new plan leaves them out.
+    """
+    by_id = {dataset.id: dataset for dataset in datasets.images}
     directories = {dataset.id: Path(dataset.cache_dir_vae) for dataset in datasets.images}
-    identity = codec_id(files.vae, dtype=dtype, tiling=config.memory.vae_enable_tiling)
-    with run.phase("latents", unit="images") as progress:
-        store = cache_latents(
-            plan,
-            LatentSource(id=identity, open=open_encoder),
-            directory_of=directories.__getitem__,
-            batch_size=config.data.vae_batch_size,
-            on_progress=lambda done, total: progress.update(done, total=total),
-            write_batch_size=config.data.write_batch_size,
+    later = [dataset for dataset in plan.datasets if encodes_while_training(by_id[dataset.id])]
+    now = replace(plan, datasets=tuple(dataset for dataset in plan.datasets if dataset not in later))
+    source = LatentSource(id=vae.id, open=lambda: vae)
+    cache_dir = Path(config.data.cache_dir)
+    with ExitStack() as stack:
+        keys = learn_latent_keys(
+            now,
+            vae.id,
+            cache_dir=cache_dir,
+            on_progress=_LatePhase(run, "contents", stack).update,
             max_workers=config.data.max_workers,
         )
+    latents: dict[str, Latents] = {}
+    if now.datasets:
+        with run.phase("latents", unit="images") as progress:
+            store = cache_latents(
+                now,
+                source,
+                keys,
+                directory_of=directories.__getitem__,
+                cache_dir=cache_dir,
+                batch_size=config.data.vae_batch_size,
+                on_progress=lambda done, total: progress.update(done, total=total),
+                write_batch_size=config.data.write_batch_size,
+                max_workers=config.data.max_workers,
+            )
+        latents |= {dataset.id: store for dataset in now.datasets}
+    if later:
+        vae.open()
+        on_demand = OnDemandLatents(
+            later,
+            source,
+            directories={d.id: directories[d.id] for d in later if keeps_latents(by_id[d.id])},
+            cache_dir=cache_dir,
+            write_batch_size=config.data.write_batch_size,
+        )
+        cleanup.enter_context(on_demand)
+        latents |= {dataset.id: on_demand for dataset in later}
     vae.close()
     free_memory(compute.device)
-    return store
+    return LatentsByDataset(latents)
+
+
+class _LatePhase:
+    """A phase that begins when there turns out to be something to do in it, and ends with `stack`."""
+
+    def __init__(self, run: Reporter, key: str, stack: ExitStack) -> None:
+        self._run, self._key, self._stack = run, key, stack
+        self._progress: PhaseProgress | None = None
+
+    def update(self, done: int, total: int) -> None:
+        if self._progress is None and done < total:
+            self._progress = self._stack.enter_context(self._run.phase(self._key, unit="images"))
+        if self._progress is not None:
+            self._progress.update(done, total=total)
 
 
 def load_codec(config: Config, files: PipelineFiles, compute: Compute) -> LatentCodec:

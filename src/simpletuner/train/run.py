@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +15,20 @@ from pathlib import Path
 import torch
 
 from simpletuner.adapters.lora import disabled
+from simpletuner.config.datasets import encodes_while_training
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config, options
+from simpletuner.data.latents import PlanAgainError
 from simpletuner.data.loader import Latents, iterate_batches
 from simpletuner.data.plan import plan_parts
+from simpletuner.data.prompts import PromptStore
 from simpletuner.data.records import Plan
 from simpletuner.data.sampler import Sampler
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.signals import StopRequest
 from simpletuner.events.types import CheckpointDeleted, CheckpointSaved, Event, ProblemReported, RunPlanned
 from simpletuner.models.places import public_name
+from simpletuner.models.weights import PipelineFiles
 from simpletuner.optim.schedules import schedule_problems
 from simpletuner.optim.settings import state_layout
 from simpletuner.optim.state import averaged_weights, optimizer_state, restore_optimizer_
@@ -57,7 +62,7 @@ from simpletuner.train.oom import is_out_of_memory, out_of_memory
 from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache, free_memory, prompt_groups
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
-from simpletuner.train.start import Start
+from simpletuner.train.start import Start, plan_again
 from simpletuner.train.step import MicroBatch, StepResult, train_step
 from simpletuner.train.trained import Trained
 from simpletuner.validation.requests import ImageRequest
@@ -94,7 +99,8 @@ def train(
     """
     parts = _Run(loaded, start, run=run, stop=stop, headings=headings, measurements=measurements)
     try:
-        outcome = parts.carry_out()
+        with parts.cleanup:
+            outcome = parts.carry_out()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -129,6 +135,7 @@ class _Run:
         self._stop = stop
         self._headings = headings
         self._account: Account | None = None
+        self.cleanup = ExitStack()
 
     @cached_property
     def _trained(self) -> Trained:
@@ -143,42 +150,21 @@ class _Run:
         return out_of_memory(error, self._account.expected(), phase=self._account.meter.phase)
 
     def carry_out(self) -> Outcome:
-        config, run, start = self._config, self._run, self._start
-        requests, plan, sampler, checkpoint = start.requests, start.plan, start.sampler, start.checkpoint
-        total_steps = start.total_steps
+        config, run, checkpoint = self._config, self._run, self._start.checkpoint
         with self._stop.interruptible():
             compute = self._choose_compute()
-            recipe = self._recipe(plan)
-            start_step = self._check_checkpoint(checkpoint, recipe)
+            start_step = self._check_checkpoint(checkpoint, self._recipe(self._start.plan))
             files, assistant_file = find_model(config, run)
             assistant = read_assistant(config, assistant_file, files.transformer)
             key = assistant.key if assistant is not None else ""
             announce_offload(config.memory, files.transformer, compute, run, addition_key=key)
             account = Account(config, self._loaded.datasets, device=compute.device, records=self._measurements)
             self._account = account
-            account.look_at(plan, total_steps)
-            self._announce(
-                plan,
-                sampler,
-                compute,
-                requests,
-                account.expected(),
-                start_step=start_step,
-                total_steps=total_steps,
-            )
-            account.meter.enter("prompts")
-            prompts = fill_prompt_cache(
-                prompt_groups(plan, self._loaded.datasets, self._prompts_of(requests)),
-                config=config,
-                files=files,
-                compute=compute,
-                run=run,
-            )
-            vae = Vae(config, files=files, compute=compute, run=run)
-            account.meter.enter("latents")
-            latents = fill_latent_cache(
-                plan, config=config, datasets=self._loaded.datasets, files=files, vae=vae, compute=compute, run=run
-            )
+            encodes = any(map(encodes_while_training, self._loaded.datasets.images))
+            vae = Vae(config, files=files, compute=compute, run=run, is_needed_throughout=encodes)
+            start, prompts, latents = self._fill_caches(account, files, vae, compute, start_step=start_step)
+            requests, plan, sampler, total_steps = start.requests, start.plan, start.sampler, start.total_steps
+            recipe = self._recipe(plan)
             account.look_at(plan, total_steps, lambda prompt: len(prompts.get(prompt)))
             account.before_model()
             account.meter.enter("load")
@@ -209,13 +195,17 @@ class _Run:
             validator.show_base()
             if start_step and config.validation.validation_on_startup:
                 validator.show(start_step)
-        batches = micro_batches(
-            sampler,
-            latents,
-            start=start_step * config.optimizer.gradient_accumulation_steps,
-            device=compute.device,
-            prefetch=config.data.dataloader_prefetch_qlen if config.data.dataloader_prefetch else 0,
-            sigma_offsets={one.id: one.timestep_sampling_offset for one in self._loaded.datasets.images},
+        batches = self.cleanup.enter_context(
+            closing(
+                micro_batches(
+                    sampler,
+                    latents,
+                    start=start_step * config.optimizer.gradient_accumulation_steps,
+                    device=compute.device,
+                    prefetch=config.data.dataloader_prefetch_qlen if config.data.dataloader_prefetch else 0,
+                    sigma_offsets={one.id: one.timestep_sampling_offset for one in self._loaded.datasets.images},
+                )
+            )
         )
 
         def validate(step: int) -> None:
@@ -247,6 +237,39 @@ class _Run:
         weights = self._save_result(training, step)
         validator.show(step)
         return Outcome(exit_code=ExitCode.OK, step=step, weights=weights, sheet=validator.sheet)
+
+    def _fill_caches(
+        self, account: Account, files: PipelineFiles, vae: Vae, compute: Compute, *, start_step: int
+    ) -> tuple[Start, PromptStore, Latents]:
+        """Announce the run and fill its caches; the start that it has once all images are known to be whole."""
+        config, datasets, start = self._config, self._loaded.datasets, self._start
+        while True:
+            plan = start.plan
+            account.look_at(plan, start.total_steps)
+            self._announce(start, compute, account.expected(), start_step=start_step)
+            account.meter.enter("prompts")
+            prompts = fill_prompt_cache(
+                prompt_groups(plan, datasets, self._prompts_of(start.requests)),
+                config=config,
+                files=files,
+                compute=compute,
+                run=self._run,
+            )
+            account.meter.enter("latents")
+            try:
+                latents = fill_latent_cache(
+                    plan,
+                    config=config,
+                    datasets=datasets,
+                    vae=vae,
+                    compute=compute,
+                    run=self._run,
+                    cleanup=self.cleanup,
+                )
+            except PlanAgainError:
+                start = plan_again(start, datasets, run=self._run)
+            else:
+                return start, prompts, latents
 
     def _choose_compute(self) -> Compute:
         compute, override = choose_compute(
@@ -286,18 +309,8 @@ class _Run:
             self._run.emit(ProblemReported(problem=problem))
         return checkpoint.step
 
-    def _announce(
-        self,
-        plan: Plan,
-        sampler: Sampler,
-        compute: Compute,
-        requests: Sequence[ImageRequest],
-        expected: Estimate,
-        *,
-        start_step: int,
-        total_steps: int,
-    ) -> None:
-        config = self._config
+    def _announce(self, start: Start, compute: Compute, expected: Estimate, *, start_step: int) -> None:
+        config, plan, requests, total_steps = self._config, start.plan, start.requests, start.total_steps
         for problem in schedule_problems(schedule_settings(config), total_steps):
             self._run.emit(ProblemReported(problem=problem))
         rollout = rollout_settings(config)
@@ -305,7 +318,7 @@ class _Run:
             self._run.emit(ProblemReported(problem=rollout_cost(rollout)))
         device = compute.device
         free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
-        steps_per_epoch = sampler.batches_per_epoch / config.optimizer.gradient_accumulation_steps
+        steps_per_epoch = start.sampler.batches_per_epoch / config.optimizer.gradient_accumulation_steps
         self._run.emit(
             RunPlanned(
                 model=f"{config.model.model_family} {config.model.model_flavour}",
@@ -460,7 +473,7 @@ def micro_batches(
     device: torch.device,
     prefetch: int,
     sigma_offsets: Mapping[str, float],
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch]:
     """This rank's micro-batches from number `start` on, without end, on `device`; `sigma_offsets` by dataset."""
     batches = iterate_batches(sampler, latents, start=start, prefetch=prefetch)
     for index, batch in enumerate(batches, start):

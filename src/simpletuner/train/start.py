@@ -6,16 +6,17 @@ Most mistakes that are not in the configuration itself show up here, so their me
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
-from simpletuner.data.plan import build_plan
+from simpletuner.data.plan import build_plan, unreadable_warnings
 from simpletuner.data.records import DropReason, Plan
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import AspectChoice, CaptionSpec, DatasetSpec, ResizeSpec
+from simpletuner.data.storage import LocalStorage
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import (
     BucketCount,
@@ -59,7 +60,7 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
     requests = image_requests(loaded.config)
     config = _with_seed(loaded.config, checkpoint, run)
     plan = scan_datasets(config, loaded.datasets, run)
-    sampler = Sampler(plan, seed=config.run.seed, batch_size=config.optimizer.train_batch_size)
+    sampler = make_sampler(config, plan)
     return Start(
         config=config,
         requests=requests,
@@ -68,6 +69,24 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
         sampler=sampler,
         total_steps=total_updates(config, sampler.batches_per_epoch),
     )
+
+
+def plan_again(start: Start, datasets: DatasetsConfig, *, run: RunRecorder) -> Start:
+    """`start` with the images that can be used now that more is known of them.
+
+    Raises:
+        DatasetError: those that are left do not make a run.
+    """
+    plan = scan_datasets(start.config, datasets, run)
+    sampler = make_sampler(start.config, plan)
+    return replace(
+        start, plan=plan, sampler=sampler, total_steps=total_updates(start.config, sampler.batches_per_epoch)
+    )
+
+
+def make_sampler(config: Config, plan: Plan) -> Sampler:
+    """The order of training."""
+    return Sampler(plan, seed=config.run.seed, batch_size=config.optimizer.train_batch_size)
 
 
 def image_requests(config: Config) -> tuple[ImageRequest, ...]:
@@ -105,6 +124,8 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
             on_progress=lambda done, total: progress.update(done, total=total),
             max_workers=config.data.max_workers,
         )
+    for problem in unreadable_warnings(plan):
+        run.emit(ProblemReported(problem=problem))
     for dataset in plan.datasets:
         buckets = [
             BucketCount(width_px=b.size[0], height_px=b.size[1], num_samples=len(b.samples)) for b in dataset.buckets
@@ -126,7 +147,7 @@ def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
     """The options of one dataset as the data layer takes them."""
     return DatasetSpec(
         id=dataset.id,
-        instance_data_dir=Path(dataset.instance_data_dir),
+        storage=LocalStorage(folder=Path(dataset.instance_data_dir)),
         resize=ResizeSpec(
             resolution=dataset.resolution,
             resolution_type=dataset.resolution_type,
@@ -158,6 +179,7 @@ def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
         caption_dropout_probability=dataset.caption_dropout_probability,
         max_num_samples=dataset.max_num_samples,
         train_batch_size=dataset.train_batch_size,
+        skips_unreadable=dataset.unreadable_images == "skip",
     )
 
 

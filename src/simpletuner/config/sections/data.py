@@ -15,6 +15,7 @@ _DEFAULT = FLAVOURS[DEFAULT_FLAVOUR]
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+UnreadableImages = Literal["skip", "stop"]
 CAPTION_SPELLINGS = (("instance_prompt", "instanceprompt"), ("text_file", "textfile"))
 
 
@@ -56,6 +57,9 @@ class DataSection(Section):
     caption_dropout_probability: Annotated[float, Ge(0), Le(1), Opt()] = 0.1
     """Share of the steps that train with an empty caption."""
 
+    unreadable_images: Annotated[UnreadableImages, Opt()] = "skip"
+    """What to do with images that cannot be read: skip leaves them out and names them, stop ends the run."""
+
     cache_dir: Annotated[str, Opt(holds="path", shown_default="<output_dir>/cache")] = ""
     """Folder of the caches of latents and prompt embeddings."""
 
@@ -77,6 +81,12 @@ class DataSection(Section):
 
     vae_batch_size: Annotated[int, Ge(1), Opt(unit="images")] = 4
     """Images that the VAE encodes at once while it fills the cache."""
+
+    vae_cache_ondemand: Annotated[bool, Opt()] = False
+    """Encode an image when a batch first asks for it, not all before training. The VAE stays loaded."""
+
+    vae_cache_disable: Annotated[bool, Opt()] = False
+    """Write no latents to disk: encode while training, and keep them in memory as far as 1 GiB goes."""
 
     write_batch_size: Annotated[int, Ge(1), Opt(level="expert")] = 128
     """Cache entries that are written at once."""
