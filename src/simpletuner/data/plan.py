@@ -125,15 +125,16 @@ def _list_storages(specs: Sequence[DatasetSpec], problems: list[Problem]) -> dic
             listings[name] = spec.storage.list_files()
         except OSError as error:
             failed.add(name)
-            problems.append(_listing_problem(spec, error))
+            problems.append(listing_problem(spec.id, spec.storage, error))
     return listings
 
 
-def _listing_problem(spec: DatasetSpec, error: OSError) -> Problem:
-    name = spec.storage.id
+def listing_problem(dataset_id: str, storage: Storage, error: OSError) -> Problem:
+    """What to tell of a storage that cannot be listed."""
+    name = storage.id
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return Problem(code="E-DATASET-FOLDER-MISSING", params={"id": spec.id, "folder": name})
-    params = {"id": spec.id, "folder": str(error.filename or name), "reason": error.strerror or str(error)}
+        return Problem(code="E-DATASET-FOLDER-MISSING", params={"id": dataset_id, "folder": name})
+    params = {"id": dataset_id, "folder": str(error.filename or name), "reason": error.strerror or str(error)}
     return Problem(code="E-DATASET-FOLDER-UNREADABLE", params=params)
 
 
@@ -264,7 +265,8 @@ def plan_parts(plan: Plan) -> PlanParts:
     )
 
 
-def _names(names: Sequence[str]) -> str:
+def shown_names(names: Sequence[str]) -> str:
+    """The names as a message tells them, not too many."""
     more = len(names) - _NAMES_IN_A_MESSAGE
     return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" (+{more})" if more > 0 else "")
 
@@ -285,7 +287,7 @@ def _unreadable_problem(
     storage: Storage, unreadable: Sequence[Unreadable], *, code: str, severity: Severity
 ) -> Problem:
     names = [f"{item.key} ({item.reason})" for item in unreadable]
-    params = {"count": len(names), "folder": storage.id, "files": _names(names)}
+    params = {"count": len(names), "folder": storage.id, "files": shown_names(names)}
     return Problem(code=code, severity=severity, params=params)
 
 
@@ -325,7 +327,7 @@ def _caption_problems(spec: DatasetSpec, bad: Sequence[BadCaption]) -> list[Prob
     for fault, code in _FAULT_CODES.items():
         paths = [spec.storage.shown(item.key) for item in bad if item.fault is fault]
         if paths:
-            params = {"id": spec.id, "count": len(paths), "files": _names(paths)}
+            params = {"id": spec.id, "count": len(paths), "files": shown_names(paths)}
             problems.append(Problem(code=code, params=params))
     return problems
 
@@ -340,7 +342,7 @@ def _no_batch_problem(
             "id": spec.id,
             "samples": sum(len(bucket.samples) for bucket in buckets),
             "buckets": len(buckets),
-            "short": _names([f"{b.size[0]}x{b.size[1]}: {len(b.samples)}" for b in short]),
+            "short": shown_names([f"{b.size[0]}x{b.size[1]}: {len(b.samples)}" for b in short]),
             "repeats": spec.repeats,
             "batch_size": batch_size,
             "minimum_repeats": needed,

@@ -13,17 +13,27 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from simpletuner.config.datasets import DatasetsConfig, TextEmbeds, encodes_while_training, keeps_latents
+from simpletuner.config.datasets import (
+    DatasetsConfig,
+    TextEmbeds,
+    encodes_while_training,
+    keeps_latents,
+    takes_fresh_crops,
+)
 from simpletuner.config.root import Config
 from simpletuner.data.latents import LatentSource, cache_latents, learn_latent_keys
 from simpletuner.data.loader import Latents
+from simpletuner.data.mask_pairs import MaskFiles
+from simpletuner.data.masks import MaskStore, cache_masks
 from simpletuner.data.on_demand import OnDemandLatents
 from simpletuner.data.prompts import PromptGroup, PromptSource, PromptStore, cache_prompts
 from simpletuner.data.records import Plan, Sample
 from simpletuner.events.progress import PhaseProgress, Reporter
+from simpletuner.events.types import ProblemReported
 from simpletuner.hardware.process_memory import return_free_memory
 from simpletuner.memory.module_swap import apply_module_swap
 from simpletuner.models.weights import PipelineFiles
+from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.text import encoder_id, load_prompt_encoder
 from simpletuner.models.z_image.vae import LatentCodec, codec_id, codec_pieces, load_latent_codec
 from simpletuner.quant.build import quantiser
@@ -177,7 +187,7 @@ class LatentsByDataset:
 
 
 def fill_latent_cache(
-    plan: Plan,
+    plans: Sequence[Plan],
     *,
     config: Config,
     datasets: DatasetsConfig,
@@ -186,15 +196,50 @@ def fill_latent_cache(
     run: Reporter,
     cleanup: ExitStack,
 ) -> Latents:
-    """Latents of all samples of the plan, but for those that are encoded while training; the VAE is loaded only if one
-    is missing.
+    """Latents of all samples of the plans, but for those that are encoded while training; the VAE is loaded only if one
+    is missing. Images of different plans never share a call of it.
 
     Args: cleanup: outlives the training.
     Raises:
         PlanAgainError: images turned out to be unreadable; a new plan leaves them out.
     """
-    by_id = {dataset.id: dataset for dataset in datasets.images}
-    directories = {dataset.id: Path(dataset.cache_dir_vae) for dataset in datasets.images}
+    latents: dict[str, Latents] = {}
+    for plan in plans:
+        latents |= _fill_latents(plan, config=config, datasets=datasets, vae=vae, run=run, cleanup=cleanup)
+    vae.close()
+    free_memory(compute.device)
+    return LatentsByDataset(latents)
+
+
+def fill_mask_cache(
+    plan: Plan, masks: Mapping[str, MaskFiles], *, config: Config, datasets: DatasetsConfig, run: Reporter
+) -> MaskStore:
+    """The masks of a plan, but for those of crops that change while training."""
+    fresh = {dataset.id for dataset in (*datasets.images, *datasets.evals) if takes_fresh_crops(dataset)}
+    now = replace(plan, datasets=tuple(d for d in plan.datasets if d.id in masks and d.id not in fresh))
+    if not now.datasets:
+        return MaskStore(masks, px_per_latent=Z_IMAGE.vae_factor)
+    cache_dir = Path(config.data.cache_dir)
+    with run.phase("masks", unit="images") as progress:
+        store, warnings = cache_masks(
+            now,
+            masks,
+            directory=cache_dir / "masks",
+            cache_dir=cache_dir,
+            px_per_latent=Z_IMAGE.vae_factor,
+            on_progress=lambda done, total: progress.update(done, total=total),
+            max_workers=config.data.max_workers,
+        )
+    for problem in warnings:
+        run.emit(ProblemReported(problem=problem))
+    return store
+
+
+def _fill_latents(
+    plan: Plan, *, config: Config, datasets: DatasetsConfig, vae: Vae, run: Reporter, cleanup: ExitStack
+) -> dict[str, Latents]:
+    by_id = {dataset.id: dataset for dataset in (*datasets.images, *datasets.evals)}
+    directories = {name: Path(dataset.cache_dir_vae) for name, dataset in by_id.items()}
     later = [dataset for dataset in plan.datasets if encodes_while_training(by_id[dataset.id])]
     now = replace(plan, datasets=tuple(dataset for dataset in plan.datasets if dataset not in later))
     source = LatentSource(id=vae.id, open=lambda: vae)
@@ -233,9 +278,7 @@ def fill_latent_cache(
         )
         cleanup.enter_context(on_demand)
         latents |= {dataset.id: on_demand for dataset in later}
-    vae.close()
-    free_memory(compute.device)
-    return LatentsByDataset(latents)
+    return latents
 
 
 class _LatePhase:

@@ -6,12 +6,15 @@ Most mistakes that are not in the configuration itself show up here, so their me
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from simpletuner.config.datasets import DatasetsConfig, ImageDataset
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
+from simpletuner.data.held_out import HeldOut, choose_held_out
+from simpletuner.data.mask_pairs import MaskFiles, MaskSpec, pair_masks
 from simpletuner.data.plan import build_plan, unreadable_warnings
 from simpletuner.data.records import DropReason, Plan
 from simpletuner.data.sampler import Sampler
@@ -26,7 +29,7 @@ from simpletuner.events.types import (
     RunResumed,
     SettingOverridden,
 )
-from simpletuner.problems import ConfigError, Problem
+from simpletuner.problems import ConfigError, DatasetError, Problem
 from simpletuner.train.resume import Checkpoint, choose_checkpoint, remove_unfinished
 from simpletuner.validation.requests import ImageRequest, plan_images, read_prompts
 
@@ -41,6 +44,8 @@ class Start:
     plan: Plan
     sampler: Sampler
     total_steps: int
+    held_out: HeldOut | None = None
+    masks: Mapping[str, MaskFiles] = field(default_factory=dict)
 
 
 def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
@@ -59,15 +64,17 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
         run.emit(RunResumed(step=checkpoint.step, path=_shown(checkpoint.path, output_dir)))
     requests = image_requests(loaded.config)
     config = _with_seed(loaded.config, checkpoint, run)
-    plan = scan_datasets(config, loaded.datasets, run)
-    sampler = make_sampler(config, plan)
+    found = find_data(config, loaded.datasets, run)
+    sampler = make_sampler(config, found.plan)
     return Start(
         config=config,
         requests=requests,
         checkpoint=checkpoint,
-        plan=plan,
+        plan=found.plan,
         sampler=sampler,
         total_steps=total_updates(config, sampler.batches_per_epoch),
+        held_out=found.held_out,
+        masks=found.masks,
     )
 
 
@@ -77,10 +84,15 @@ def plan_again(start: Start, datasets: DatasetsConfig, *, run: RunRecorder) -> S
     Raises:
         DatasetError: those that are left do not make a run.
     """
-    plan = scan_datasets(start.config, datasets, run)
-    sampler = make_sampler(start.config, plan)
+    found = find_data(start.config, datasets, run)
+    sampler = make_sampler(start.config, found.plan)
     return replace(
-        start, plan=plan, sampler=sampler, total_steps=total_updates(start.config, sampler.batches_per_epoch)
+        start,
+        plan=found.plan,
+        sampler=sampler,
+        total_steps=total_updates(start.config, sampler.batches_per_epoch),
+        held_out=found.held_out,
+        masks=found.masks,
     )
 
 
@@ -108,13 +120,97 @@ def image_requests(config: Config) -> tuple[ImageRequest, ...]:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoundData:
+    """What a run trains on and is measured by. `masks`: by dataset."""
+
+    plan: Plan
+    held_out: HeldOut | None
+    masks: Mapping[str, MaskFiles]
+
+
+def find_data(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> FoundData:
+    """Find images, held-out images and masks.
+
+    Raises:
+        DatasetError: with every problem of all images; of the masks if there is none of those.
+    """
+    problems: list[Problem] = []
+    plan, held_out = Plan(datasets=(), fingerprint=""), None
+    try:
+        plan = scan_datasets(config, datasets, run)
+    except DatasetError as error:
+        problems += error.problems
+    try:
+        held_out = scan_held_out(config, datasets, run)
+    except DatasetError as error:
+        problems += error.problems
+    if problems:
+        raise DatasetError(problems)
+    return FoundData(plan=plan, held_out=held_out, masks=scan_masks(config, datasets, plan, held_out, run))
+
+
+def scan_held_out(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> HeldOut | None:
+    """Find the images that the loss is measured on; None if it is not measured.
+
+    Raises:
+        DatasetError: as of `scan_datasets`.
+    """
+    options = config.validation
+    chosen = [dataset for dataset in datasets.evals if options.eval_dataset_id in (None, dataset.id)]
+    if options.eval_loss_disable or not chosen:
+        return None
+    specs = [
+        replace(
+            dataset_spec(dataset, config),
+            repeats=0,
+            probability=1.0,
+            caption_dropout_probability=0.0,
+            train_batch_size=1,
+        )
+        for dataset in chosen
+    ]
+    plan = _scan(specs, config, run)
+    return choose_held_out(plan, num_images=options.num_eval_images, is_pooled=options.eval_dataset_pooling)
+
+
+def scan_masks(
+    config: Config, datasets: DatasetsConfig, plan: Plan, held_out: HeldOut | None, run: RunRecorder
+) -> dict[str, MaskFiles]:
+    """Find the masks of all images that have one.
+
+    Raises:
+        DatasetError: masks that are missing or do not fit.
+    """
+    named = ((dataset.id, datasets.masks_of(dataset)) for dataset in (*datasets.images, *datasets.evals))
+    specs = {
+        name: MaskSpec(id=masks.id, storage=dataset_spec(masks, config).storage)
+        for name, masks in named
+        if masks is not None
+    }
+    if not specs:
+        return {}
+    more = held_out.plan.datasets if held_out is not None else ()
+    with run.phase("mask_files", unit="files") as progress:
+        return pair_masks(
+            replace(plan, datasets=(*plan.datasets, *more)),
+            specs,
+            cache_dir=Path(config.data.cache_dir),
+            on_progress=lambda done, total: progress.update(done, total=total),
+            max_workers=config.data.max_workers,
+        )
+
+
 def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> Plan:
     """Find the images and sort them into buckets.
 
     Raises:
         DatasetError: no usable image, a damaged file, a missing caption, a bucket that cannot fill a batch.
     """
-    specs = [dataset_spec(dataset, config) for dataset in datasets.images]
+    return _scan([dataset_spec(dataset, config) for dataset in datasets.images], config, run)
+
+
+def _scan(specs: Sequence[DatasetSpec], config: Config, run: RunRecorder) -> Plan:
     with run.phase("scan", unit="images") as progress:
         plan = build_plan(
             specs,
