@@ -296,15 +296,11 @@ class EvaluationFinished(Event):
 
     name: ClassVar[str] = "evaluation.finished"
     step: int
+    loss: float  # mean over all images
     losses: tuple[HeldOutLoss, ...]
     sigmas: tuple[float, ...]  # of `by_sigma`
     seconds: float
     is_averaged: bool = False  # of the moving average of the weights
-
-    @property
-    def loss(self) -> float:
-        """Over all images."""
-        return sum(one.loss * one.num_images for one in self.losses) / sum(one.num_images for one in self.losses)
 
 
 # --- validation ------------------------------------------------------------------------------------------------------

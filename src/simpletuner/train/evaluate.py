@@ -107,6 +107,7 @@ class Evaluator:
         self._run.emit(
             EvaluationFinished(
                 step=step,
+                loss=sum(one.loss * one.num_images for one in losses) / sum(one.num_images for one in losses),
                 losses=losses,
                 sigmas=levels,
                 is_averaged=is_averaged,
