@@ -155,7 +155,7 @@ class ImageDataset(Section):
     """Id of the dataset that a conditioning entry belongs to: a check of that dataset's conditioning_data."""
 
     compress_cache: Annotated[bool, Opt(level="expert")] = False
-    """Accepted for compatibility: caches are never compressed, as latents hardly become smaller."""
+    """Accepted for compatibility: caches are never compressed, so that every entry can be read by itself."""
 
     metadata_backend: Annotated[Literal["discovery"], Opt(spellings=(("json", "discovery"),))] = "discovery"
     """How sizes and captions are found: by looking at the files."""
@@ -214,7 +214,7 @@ class TextEmbeds(Section):
     and the model need not be in memory together."""
 
     compress_cache: Annotated[bool, Opt(level="expert")] = False
-    """Accepted for compatibility: caches are never compressed, as embeddings hardly become smaller."""
+    """Accepted for compatibility: caches are never compressed, so that every entry can be read by itself."""
 
     @property
     def is_kept(self) -> bool:
@@ -247,7 +247,7 @@ class ImageEmbeds(Section):
     """Cache entries that are written at once."""
 
     compress_cache: Annotated[bool, Opt(level="expert")] = False
-    """Accepted for compatibility: caches are never compressed, as latents hardly become smaller."""
+    """Accepted for compatibility: caches are never compressed, so that every entry can be read by itself."""
 
 
 EntryKind = Literal["image", "text_embeds", "image_embeds"]

@@ -77,7 +77,7 @@ class DataSection(Section):
     and the model need not be in memory together."""
 
     compress_disk_cache: Annotated[bool, Opt(level="expert")] = False
-    """Accepted for compatibility: caches are never compressed, as latents and embeddings hardly become smaller."""
+    """Accepted for compatibility: caches are never compressed, so that every entry can be read by itself."""
 
     vae_batch_size: Annotated[int, Ge(1), Opt(unit="images")] = 4
     """Images that the VAE encodes at once while it fills the cache."""
