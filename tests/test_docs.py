@@ -46,6 +46,7 @@ GUIDES = [
     ROOT / "docs" / "OPTIMIZERS.md",
     ROOT / "docs" / "MEMORY.md",
     ROOT / "docs" / "FLOW.md",
+    ROOT / "docs" / "MASKS.md",
     ROOT / "docs" / "FILES.md",
     ROOT / "docs" / "GENERATE.md",
 ]

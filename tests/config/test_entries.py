@@ -136,6 +136,10 @@ MESSAGES = {
 
 # code -> (options, words of the message)
 OPTIONS = {
+    "W-EVAL-TWICE": (
+        {"eval_steps_interval": 5, "eval_epoch_interval": 0.5},
+        ["eval_steps_interval = 5", "eval_epoch_interval = 0.5"],
+    ),
     "W-EVAL-NONE": ({"eval_steps_interval": 5}, ["eval_steps_interval"]),
     "E-EVAL-DATASET": ({"eval_dataset_id": "z"}, ["z", "e"]),
     "I-TEXT-ONDEMAND": ({"text_cache_ondemand": True}, ["text_cache_ondemand"]),

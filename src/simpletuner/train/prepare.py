@@ -240,6 +240,7 @@ def _fill_latents(
 ) -> dict[str, Latents]:
     by_id = {dataset.id: dataset for dataset in (*datasets.images, *datasets.evals)}
     directories = {name: Path(dataset.cache_dir_vae) for name, dataset in by_id.items()}
+    group_sizes = {Path(entry.cache_dir): entry.write_batch_size for entry in datasets.image_embeds}
     later = [dataset for dataset in plan.datasets if encodes_while_training(by_id[dataset.id])]
     now = replace(plan, datasets=tuple(dataset for dataset in plan.datasets if dataset not in later))
     source = LatentSource(id=vae.id, open=lambda: vae)
@@ -264,6 +265,7 @@ def _fill_latents(
                 batch_size=config.data.vae_batch_size,
                 on_progress=lambda done, total: progress.update(done, total=total),
                 write_batch_size=config.data.write_batch_size,
+                write_batch_sizes=group_sizes,
                 max_workers=config.data.max_workers,
             )
         latents |= {dataset.id: store for dataset in now.datasets}
