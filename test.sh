@@ -10,4 +10,4 @@ if [ "${1:-}" = "--fast" ]; then
   set -- -m "not slow and not gpu" "$@"
 fi
 export OMP_NUM_THREADS=1  # the processes share the cores
-exec "$venv_bin/python" -m pytest -n logical --maxprocesses 8 --dist worksteal "$@"
+exec "$venv_bin/python" -m pytest -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder "$@"

@@ -47,9 +47,12 @@ GUIDES = [
     ROOT / "docs" / "MEMORY.md",
     ROOT / "docs" / "FLOW.md",
     ROOT / "docs" / "MASKS.md",
+    ROOT / "docs" / "STORAGES.md",
     ROOT / "docs" / "FILES.md",
     ROOT / "docs" / "GENERATE.md",
 ]
+VARIABLES = {"BUCKET_KEY": "a", "BUCKET_SECRET": "b"}
+"""What examples refer to by {env:NAME}."""
 TRANSLATIONS = [page.with_suffix(".es.md") for page in GUIDES]
 WRITTEN = [*GUIDES, *TRANSLATIONS]
 
@@ -243,7 +246,7 @@ def check_configuration(config: str, datasets: str, folder: Path) -> None:
     (folder / "config.json").write_text(config, encoding="utf-8")
     (folder / "multidatabackend.json").write_text(datasets, encoding="utf-8")
     try:
-        loaded = load_run_config([], environ={}, cwd=folder, check_folders=False)
+        loaded = load_run_config([], environ=VARIABLES, cwd=folder, check_folders=False)
     except ConfigError as error:
         pytest.fail(f"{error}\n{config}\n{datasets}")
     assert not loaded.warnings, config
@@ -254,7 +257,8 @@ def test_names_in_the_text_are_options_or_keys(page: Path):
     """A name with underscores in backquotes is an option, a key of a dataset, or one of the few others."""
     others = {"lora_rnk", "validation_images", "demo_dataset", "guidance_scale", "by_model", "load_lora_weights"}
     others |= {field.name for event in event_types.EVENTS.values() for field in fields(event)}
-    others |= {"dora_scale", *LYCORIS_KEYS}
+    others |= {"dora_scale", "save_to_disk", *LYCORIS_KEYS}
+    others |= {key.rpartition(".")[2] for key in every_dataset_key()}  # those in an object of keys
     arguments = {argument.name for row in OPTIMIZERS.values() for argument in row.arguments}
     known = {*options(), *every_dataset_key(), *OPTIMIZERS, *arguments, *others}
     known |= {spelling for spelling, _ in OPTIMIZER_SPELLINGS}

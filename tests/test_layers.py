@@ -33,6 +33,7 @@ LAYERS["tools"] = BASE | {"events", "catalog", "adapters", "models"}
 LAYERS["generate"] = LAYERS["train"] | {"train"}
 LAYERS["cli"] = LAYERS["generate"] | {"generate", "tools"}
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL"}
+HEAVY |= {"pyarrow", "datasets", "fsspec", "s3fs", "botocore", "aiohttp"}
 NO_HEAVY_IMPORTS = ("problems", "i18n", "__init__", "events", "catalog", "hardware", "config", "planner")
 STDLIB_ONLY = ("problems", "i18n", "__init__", "events", "catalog", "hardware")
 

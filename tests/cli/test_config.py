@@ -127,7 +127,8 @@ def test_show_as_json_is_a_configuration(project, capsys):
         ("repeats", ["multidatabackend.json, image"]),
         ("resolution", ["--resolution", "multidatabackend.json, image"]),
         ("ramtorch", ["ramtorch"]),
-        ("caption_shuffle", ["caption_shuffle"]),
+        ("slider_strength", ["slider_strength"]),
+        ("caption_shuffle", ["position_start: ", ">= 1, <= 100"]),
     ],
 )
 @pytest.mark.parametrize("language", ["en", "es"])

@@ -97,9 +97,9 @@ def test_spellings_that_people_use(with_datasets):
 
 
 def test_aspect_buckets_are_numbers_or_objects(with_datasets):
-    buckets = [0.5, {"aspect": "1.5", "weight": 2}]
+    buckets = [{"aspect": 0.5, "weight": 0.25}, {"aspect": "1.5", "weight": 0.75}]
     (image,) = with_datasets(crop=True, crop_aspect="closest", crop_aspect_buckets=buckets).load().datasets.images
-    assert [(bucket.aspect, bucket.weight) for bucket in image.crop_aspect_buckets] == [(0.5, 1.0), (1.5, 2.0)]
+    assert [(bucket.aspect, bucket.weight) for bucket in image.crop_aspect_buckets] == [(0.5, 0.25), (1.5, 0.75)]
 
 
 def test_a_problem_names_dataset_file_and_line(with_datasets):

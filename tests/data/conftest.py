@@ -16,7 +16,7 @@ from torch import Tensor
 
 from simpletuner.data.plan import build_plan
 from simpletuner.data.records import Plan
-from simpletuner.data.spec import DatasetSpec
+from simpletuner.data.spec import DatasetSpec, Sampling
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import SimpletunerError
 
@@ -49,7 +49,11 @@ def make_plan(tmp_path: Path) -> MakePlan:
     """make_plan(*specs, batch_size=1, seed=42, progress=None) with the cache directory tmp_path/cache."""
 
     def make(
-        *specs: DatasetSpec, batch_size: int = 1, seed: int = 42, progress: list[tuple[int, int]] | None = None
+        *specs: DatasetSpec,
+        batch_size: int = 1,
+        seed: int = 42,
+        progress: list[tuple[int, int]] | None = None,
+        sampling: Sampling = "auto-weighting",
     ) -> Plan:
         seen = progress if progress is not None else []
         return build_plan(
@@ -58,6 +62,7 @@ def make_plan(tmp_path: Path) -> MakePlan:
             seed=seed,
             cache_dir=tmp_path / "cache",
             on_progress=lambda done, total: seen.append((done, total)),
+            sampling=sampling,
         )
 
     return make

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from simpletuner.data.captions import BadCaption, CaptionFault, lacks_instance_prompt, read_captions
-from simpletuner.data.spec import CaptionSpec
+from simpletuner.data.spec import CaptionSpec, ShuffleSpec
+from simpletuner.data.tables import TableRow
 
 TEXTFILE = CaptionSpec(caption_strategy="textfile")
 
@@ -20,10 +21,20 @@ TEXTFILE = CaptionSpec(caption_strategy="textfile")
         ("sub/ñandú 猫.png", "ñandú 猫"),
         ("version.2_final.webp", "version.2 final"),
         ("_dog_.png", "dog"),
+        ("example.org/1f/black_cat", "black cat"),
     ],
 )
 def test_a_file_name_is_a_caption(name: str, caption: str) -> None:
     assert read_captions(name, CaptionSpec(), {}) == (caption,)
+
+
+@pytest.mark.parametrize("strategy", ["parquet", "csv", "huggingface"])
+def test_captions_of_a_table(strategy) -> None:
+    spec = CaptionSpec(caption_strategy=strategy, prepend_instance_prompt=True, instance_prompts=("sks",))
+    rows = {"a.jpg": TableRow(captions=("one", "two")), "b.jpg": TableRow(captions=())}
+    assert read_captions("a.jpg", spec, {}, rows) == ("sks one", "sks two")
+    assert read_captions("b.jpg", spec, {}, rows) == BadCaption(key="b.jpg", fault=CaptionFault.EMPTY)
+    assert read_captions("c.jpg", spec, {}, rows) == BadCaption(key="c.jpg", fault=CaptionFault.NO_ROW)
 
 
 def test_a_file_name_without_words_is_empty() -> None:
@@ -77,6 +88,21 @@ def test_instance_prompts() -> None:
     assert read_captions(image, only, {}) == ("sks",)
     prepended = CaptionSpec(prepend_instance_prompt=True, instance_prompts=("sks", "the"))
     assert read_captions(image, prepended, {}) == ("sks a dog", "the a dog")
+
+
+def test_captions_are_filtered_then_shuffled_and_the_instance_prompt_stays_in_front() -> None:
+    image = "masterpiece, one, two.png"
+    spec = CaptionSpec(
+        filters=("masterpiece",),
+        shuffle=ShuffleSpec(),
+        prepend_instance_prompt=True,
+        instance_prompts=("masterpiece by sks,",),
+    )
+    assert read_captions(image, spec, {}) == ("masterpiece by sks, one, two", "masterpiece by sks, two, one")
+    only = CaptionSpec(caption_strategy="instanceprompt", instance_prompts=("sks, cat",), shuffle=ShuffleSpec())
+    assert read_captions(image, only, {}) == ("sks, cat", "cat, sks")
+    nothing = CaptionSpec(filters=("masterpiece, one, two",))
+    assert read_captions(image, nothing, {}) == BadCaption(key=image, fault=CaptionFault.FILTERED)
 
 
 def test_a_dataset_that_needs_an_instance_prompt_must_have_one() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from simpletuner.data.loader import Batch, iterate_batches
 from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Plan, Sample
 from simpletuner.data.sampler import Sampler
+from simpletuner.data.spec import Schedule
 from simpletuner.data.storage import FileInfo, LocalStorage
 
 
@@ -84,6 +86,14 @@ def test_reading_ahead_changes_nothing() -> None:
     straight = [summary(b) for b in islice(iterate_batches(sampler(), Latents(), start=3, prefetch=0), 15)]
     ahead = [summary(b) for b in islice(iterate_batches(sampler(), Latents(), start=3, prefetch=5), 15)]
     assert straight == ahead
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_batches_end_where_no_dataset_takes_part_any_more(prefetch: int) -> None:
+    ending = tuple(replace(one, schedule=Schedule(end_epoch=1)) for one in PLAN.datasets)
+    short = Sampler(replace(PLAN, datasets=ending), seed=1, batch_size=2)
+    found = [summary(batch) for batch in iterate_batches(short, Latents(), start=1, prefetch=prefetch)]
+    assert found == [summary(b) for b in islice(iterate_batches(sampler(), Latents(), start=1, prefetch=0), 5)]
 
 
 def test_each_rank_gets_its_own() -> None:

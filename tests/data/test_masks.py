@@ -17,7 +17,7 @@ from PIL import Image
 from simpletuner.data import masks as masks_module
 from simpletuner.data.geometry import fit
 from simpletuner.data.images import UnreadableImageError, cut, cut_mask, decode, decode_mask
-from simpletuner.data.mask_pairs import MaskFiles, MaskSpec, has_same_shape, pair_masks
+from simpletuner.data.mask_pairs import MaskFiles, has_same_shape, pair_masks
 from simpletuner.data.masks import MaskDraw, MaskStore, cache_masks, weights_of
 from simpletuner.data.records import Geometry, Plan, Sample
 from simpletuner.data.spec import DatasetSpec, ResizeSpec
@@ -58,7 +58,7 @@ def found(tmp_path: Path, save_image: Callable[..., Path], make_plan: Callable[.
 @pytest.fixture
 def pair(tmp_path: Path) -> Callable[[Plan], dict[str, MaskFiles]]:
     def pairs(plan: Plan) -> dict[str, MaskFiles]:
-        spec = MaskSpec(id="masks", storage=LocalStorage(folder=tmp_path / "masks"))
+        spec = DatasetSpec(id="masks", storage=LocalStorage(folder=tmp_path / "masks"))
         return pair_masks(plan, {"cats": spec}, cache_dir=tmp_path / "cache", on_progress=lambda done, total: None)
 
     return pairs
@@ -143,7 +143,7 @@ def test_a_mask_is_cut_exactly_as_its_image(orientation, style):
     path = _bytes(Image.fromarray(blocks), exif=exif)
     upright = decode(path).size
     spec = replace(RESIZE, crop=True, crop_style=style)
-    geometry = fit(upright, spec, seed=3, content_id="x")
+    geometry = fit(upright, spec, seed=3, key="x")
     assert isinstance(geometry, Geometry)
     assert upright == (size if orientation < 5 else size[::-1])
     mask = decode_mask(path)

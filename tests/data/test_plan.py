@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from simpletuner.data.plan import minimum_repeats, plan_parts, unreadable_warnings
+from simpletuner.data.batching import minimum_repeats
+from simpletuner.data.plan import plan_parts, unreadable_warnings
 from simpletuner.data.records import DropReason, Plan
 from simpletuner.data.sampler import Sampler
-from simpletuner.data.spec import CaptionSpec, DatasetSpec, ResizeSpec
+from simpletuner.data.spec import CaptionSpec, DatasetSpec, ResizeSpec, Schedule, ShuffleSpec
 from simpletuner.data.storage import LocalStorage
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import DatasetError, ExitCode, SimpletunerError
@@ -115,6 +117,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"is_regularisation_data": True},
     {"caption_dropout_probability": 0.5},
     {"train_batch_size": 1},
+    {"batch_mixing": "packed"},
+    {"schedule": Schedule(end_step=5)},
 ]
 
 
@@ -242,13 +246,59 @@ def test_a_bucket_that_cannot_fill_a_batch_says_how_many_repeats_would(
     assert "zero usable batches" in titles(caught.value)[0]
     (problem,) = caught.value.problems
     assert problem.params["minimum_repeats"] == 3
-    assert [(fix.key, fix.value) for fix in problem.fixes] == [("repeats", 3)]
+    assert [(fix.key, fix.value) for fix in problem.fixes] == [("repeats", 3), ("batch_mixing", "packed")]
     with pytest.raises(DatasetError):
         make_plan(replace(spec, repeats=2), batch_size=4)
     make_plan(replace(spec, repeats=3), batch_size=4)
     make_plan(replace(spec, train_batch_size=1), batch_size=4)
     with pytest.raises(DatasetError):
         make_plan(replace(spec, train_batch_size=4), batch_size=1)
+
+
+def test_images_that_cannot_fill_a_batch_are_shown_more_often_where_that_is_allowed(
+    folder: Path, make_plan: MakePlan
+) -> None:
+    plan = make_plan(spec_of(folder, fills_short_buckets=True), batch_size=3)
+    (dataset,) = plan.datasets
+    assert [(b.size, b.num_images) for b in dataset.filled] == [((192, 320), 1)]
+    assert dataset.num_images == 4
+    sampler = Sampler(plan, seed=1, batch_size=3)
+    seen = Counter(pick.sample.record.key for index in range(2) for pick in sampler.picks(index))
+    assert seen == {"cat_0.png": 1, "cat_1.png": 1, "cat_2.png": 1, "tall_cat.png": 3}
+
+
+def test_a_bucket_that_cannot_fill_a_batch_is_left_out_where_that_is_asked_for(
+    folder: Path, make_plan: MakePlan, told: Told
+) -> None:
+    spec = spec_of(folder, prunes_short_buckets=True)
+    (dataset,) = make_plan(spec, batch_size=3).datasets
+    assert [(b.size, b.num_images) for b in dataset.pruned] == [((192, 320), 1)]
+    assert (dataset.num_images, dataset.count_dropped(DropReason.SHORT_BUCKET)) == (3, 1)
+    filled = make_plan(replace(spec, fills_short_buckets=True), batch_size=3).datasets[0]
+    assert (filled.num_images, filled.pruned) == (4, ())
+    with pytest.raises(DatasetError) as caught:  # nothing would be left
+        make_plan(spec, batch_size=4)
+    assert told(caught.value) == ["E-DATASET-NO-BATCH"]
+
+
+def test_a_packed_batch_takes_images_of_any_shape(folder: Path, make_plan: MakePlan, told: Told) -> None:
+    spec = spec_of(folder, batch_mixing="packed")
+    sampler = Sampler(make_plan(spec, batch_size=4), seed=1, batch_size=4)
+    assert sampler.batches_per_epoch == 1
+    assert len({pick.sample.record.key for pick in sampler.picks(0)}) == 4
+    with pytest.raises(DatasetError) as caught:
+        make_plan(spec, batch_size=9)
+    assert told(caught.value) == ["E-DATASET-NO-BATCH-PACKED"]
+    assert caught.value.problems[0].params["minimum_repeats"] == 2
+    for language in LANGUAGES:
+        assert LITERAL in titles(caught.value, language)[0]
+    make_plan(replace(spec, repeats=2), batch_size=9)
+
+
+def test_what_shares_follow_is_part_of_a_plan(folder: Path, make_plan: MakePlan) -> None:
+    weighted, uniform = (make_plan(spec_of(folder), sampling=law) for law in ("auto-weighting", "uniform"))
+    assert weighted.fingerprint != uniform.fingerprint
+    assert parts_that_differ(weighted, uniform) == {"datasets"}
 
 
 def test_minimum_repeats_is_the_smallest_that_fills_a_batch() -> None:
@@ -289,6 +339,28 @@ def test_caption_problems_are_all_named(folder: Path, make_plan: MakePlan, told:
     for language in LANGUAGES:
         for title, name in zip(titles(caught.value, language), ["tall_cat", "cat_0", "cat_1"], strict=True):
             assert str(folder / f"{name}.txt") in title
+
+
+def test_captions_of_which_filters_leave_nothing_are_named(folder: Path, make_plan: MakePlan, told: Told) -> None:
+    with pytest.raises(DatasetError) as caught:
+        make_plan(spec_of(folder, captions=CaptionSpec(filters=("tall cat",))))
+    assert told(caught.value) == ["E-CAPTION-FILTERED"]
+    for language in LANGUAGES:
+        assert "tall_cat.png" in titles(caught.value, language)[0]
+
+
+def test_every_variant_of_a_caption_is_a_prompt_to_cache(folder: Path, make_plan: MakePlan) -> None:
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text(f"{path.stem}, sitting, red\na cat")
+    captions = CaptionSpec(
+        caption_strategy="textfile", filters=("s/red/blue/",), shuffle=ShuffleSpec(count=2, position_start=1)
+    )
+    plan = make_plan(spec_of(folder, captions=captions, caption_dropout_probability=0.2))
+    sampler = Sampler(plan, seed=1, batch_size=1)
+    shown = {pick.prompt for index in range(400) for pick in sampler.picks(index)}
+    assert shown == set(plan.prompts())
+    assert "cat_0, blue, sitting" in shown
+    assert len(shown) == 2 + 4 * 2, "nothing, a cat, and of each image two orders: there are no more"
 
 
 def test_a_missing_instance_prompt(folder: Path, make_plan: MakePlan, told: Told) -> None:

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simpletuner.data.batching import groups
+from simpletuner.data.geometry import recrop
 from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Plan, Sample
 from simpletuner.data.sampler import Pick, Sampler
+from simpletuner.data.spec import BatchMixing, Sampling, Schedule
 from simpletuner.data.storage import FileInfo, LocalStorage
 
 
 def dataset(
-    name: str, bucket_sizes: list[int], *, repeats: int = 0, probability: float = 1.0, dropout: float = 0.0
+    name: str,
+    bucket_sizes: list[int],
+    *,
+    repeats: int = 0,
+    probability: float = 1.0,
+    dropout: float = 0.0,
+    mixing: BatchMixing = "bucket",
+    schedule: Schedule | None = None,
 ) -> DatasetPlan:
     return DatasetPlan(
         id=name,
@@ -34,6 +46,8 @@ def dataset(
         is_regularisation=False,
         caption_dropout_probability=dropout,
         dropped=(),
+        batch_mixing=mixing,
+        schedule=schedule or Schedule(),
         storage=LocalStorage(folder=Path("images")),
     )
 
@@ -44,8 +58,23 @@ def sample(name: str, key: str, size: tuple[int, int]) -> Sample:
     return Sample(dataset_id=name, record=record, geometry=geometry, captions=("one", "two", "three"))
 
 
-def plan_of(*datasets: DatasetPlan) -> Plan:
-    return Plan(datasets=datasets, fingerprint="")
+def plan_of(*datasets: DatasetPlan, sampling: Sampling = "auto-weighting") -> Plan:
+    return Plan(datasets=datasets, fingerprint="", sampling=sampling)
+
+
+def home(pick: Pick, plan: Plan) -> tuple[str, tuple[int, int] | None]:
+    """What the images of a batch have in common with this one."""
+    packs = next(d.batch_mixing == "packed" for d in plan.datasets if d.id == pick.sample.dataset_id)
+    return pick.sample.dataset_id, None if packs else pick.sample.geometry.target
+
+
+def group_lengths(plan: Plan) -> dict[tuple[str, tuple[int, int] | None], int]:
+    """How many images share batches."""
+    lengths: Counter[tuple[str, tuple[int, int] | None]] = Counter()
+    for d in plan.datasets:
+        for bucket in d.buckets:
+            lengths[d.id, None if d.batch_mixing == "packed" else bucket.size] += len(bucket.samples)
+    return lengths
 
 
 def stream(sampler: Sampler, rank: int = 0) -> Iterator[tuple[Pick, ...]]:
@@ -57,19 +86,40 @@ def stream(sampler: Sampler, rank: int = 0) -> Iterator[tuple[Pick, ...]]:
 
 BATCH_SIZES = st.integers(1, 5)
 SEEDS = st.integers(0, 2**63)
+SCHEDULES = st.sampled_from(
+    [
+        Schedule(),
+        Schedule(start_step=9, end_step=40),
+        Schedule(start_epoch=2, end_epoch=3),
+        Schedule(disable_after_epoch_step=3),
+    ]
+)
 
 
 @st.composite
 def plans(draw: st.DrawFn, *, equal_probabilities: bool = False) -> Plan:
-    """Up to three datasets whose buckets fill batches of 5, the largest of BATCH_SIZES."""
+    """Up to three datasets whose buckets fill batches of 5, the largest of BATCH_SIZES. The first is always there."""
     datasets = []
     for number in range(draw(st.integers(1, 3))):
         repeats = draw(st.integers(0, 3))
         fewest = -(-5 // (repeats + 1))
         buckets = draw(st.lists(st.integers(fewest, 9), min_size=1, max_size=3))
         probability = 1.0 if equal_probabilities else draw(st.sampled_from([0.25, 0.5, 1.0, 2.0]))
-        datasets.append(dataset(f"d{number}", buckets, repeats=repeats, probability=probability, dropout=0.3))
-    return plan_of(*datasets)
+        mixing = draw(st.sampled_from(["bucket", "packed"]))
+        schedule = draw(SCHEDULES) if number and not equal_probabilities else Schedule()
+        datasets.append(
+            dataset(
+                f"d{number}",
+                buckets,
+                repeats=repeats,
+                probability=probability,
+                dropout=0.3,
+                mixing=mixing,
+                schedule=schedule,
+            )
+        )
+    sampling = "auto-weighting" if equal_probabilities else draw(st.sampled_from(["auto-weighting", "uniform"]))
+    return plan_of(*datasets, sampling=sampling)
 
 
 @given(plans(), BATCH_SIZES, SEEDS, st.integers(1, 3), st.integers(0, 200))
@@ -87,14 +137,16 @@ def test_a_pick_is_a_pure_function_of_plan_seed_index_and_rank(
 
 
 @given(plans(), BATCH_SIZES, SEEDS)
-def test_a_batch_is_full_and_of_one_dataset_and_one_bucket(plan: Plan, batch_size: int, seed: int) -> None:
+def test_a_batch_is_full_and_of_one_dataset_and_one_bucket_unless_packed(
+    plan: Plan, batch_size: int, seed: int
+) -> None:
     sampler = Sampler(plan, seed=seed, batch_size=batch_size)
-    counts = {(d.id, b.size): len(b.samples) for d in plan.datasets for b in d.buckets}
+    lengths = group_lengths(plan)
     for picks in islice(stream(sampler), 3 * sampler.batches_per_epoch):
         assert len(picks) == batch_size
-        homes = {(pick.sample.dataset_id, pick.sample.geometry.target) for pick in picks}
+        homes = {home(pick, plan) for pick in picks}
         assert len(homes) == 1
-        if counts[next(iter(homes))] >= batch_size:
+        if lengths[next(iter(homes))] >= batch_size:
             assert len({pick.sample.record.key for pick in picks}) == batch_size
 
 
@@ -108,8 +160,8 @@ def test_an_epoch_shows_every_image_its_repeats_and_no_bucket_much_more(plan: Pl
         for picks in islice(batches, sampler.batches_per_epoch):
             seen.update((pick.sample.dataset_id, pick.sample.record.key) for pick in picks)
         for d in plan.datasets:
-            for bucket in d.buckets:
-                counts = [seen[d.id, s.record.key] for s in bucket.samples]
+            for group in groups(d.buckets, d.batch_mixing):
+                counts = [seen[d.id, s.record.key] for s in group]
                 assert d.repeats + 1 <= min(counts)
                 assert max(counts) - min(counts) <= 1
                 assert sum(counts) - len(counts) * (d.repeats + 1) < batch_size
@@ -118,18 +170,18 @@ def test_an_epoch_shows_every_image_its_repeats_and_no_bucket_much_more(plan: Pl
 @given(plans(equal_probabilities=True), SEEDS)
 def test_no_image_comes_again_before_its_bucket_is_through(plan: Plan, seed: int) -> None:
     sampler = Sampler(plan, seed=seed, batch_size=1)
-    lengths = {(d.id, bucket.size): len(bucket.samples) for d in plan.datasets for bucket in d.buckets}
-    shown: dict[tuple[str, tuple[int, int]], list[str]] = {home: [] for home in lengths}
+    lengths = group_lengths(plan)
+    shown: dict[tuple[str, tuple[int, int] | None], list[str]] = {where: [] for where in lengths}
     for (pick,) in islice(stream(sampler), 2 * sampler.batches_per_epoch):
-        shown[pick.sample.dataset_id, pick.sample.geometry.target].append(pick.sample.record.key)
-    for home, keys in shown.items():
-        passes = [keys[first : first + lengths[home]] for first in range(0, len(keys), lengths[home])]
-        assert all(len(set(once)) == lengths[home] for once in passes)
+        shown[home(pick, plan)].append(pick.sample.record.key)
+    for where, keys in shown.items():
+        passes = [keys[first : first + lengths[where]] for first in range(0, len(keys), lengths[where])]
+        assert all(len(set(once)) == lengths[where] for once in passes)
 
 
 @given(plans(), BATCH_SIZES, SEEDS, st.integers(2, 4))
 def test_ranks_deal_out_what_one_rank_would_see(plan: Plan, batch_size: int, seed: int, world_size: int) -> None:
-    alone = Sampler(plan, seed=seed, batch_size=batch_size)
+    alone = Sampler(plan, seed=seed, batch_size=batch_size, accumulation_steps=world_size)
     together = Sampler(plan, seed=seed, batch_size=batch_size, world_size=world_size)
     assert together.batches_per_epoch == -(-alone.batches_per_epoch // world_size)
     dealt = [together.picks(index, rank) for index in range(together.batches_per_epoch) for rank in range(world_size)]
@@ -151,6 +203,58 @@ def test_a_datasets_share_is_its_length_times_its_probability() -> None:
         shown.update(f"{p.sample.dataset_id}/{p.sample.record.key}" for p in sampler.picks(index))
     assert {count for key, count in shown.items() if key.startswith("half/")} == {5}
     assert {count for key, count in shown.items() if key.startswith("tenth/")} == {1}
+
+
+@settings(max_examples=30)
+@given(SEEDS, st.integers(1, 3), st.integers(1, 3))
+def test_a_dataset_that_comes_and_goes_goes_on_where_it_was(seed: int, world_size: int, accumulation: int) -> None:
+    """Whatever its schedule, a dataset shows its own images in the order of one that is always there."""
+    coming = dataset("coming", [7, 5], repeats=1, schedule=Schedule(start_step=3, end_step=30))
+    alone = Sampler(plan_of(replace(coming, schedule=Schedule())), seed=seed, batch_size=2)
+    plan = plan_of(dataset("there", [9]), coming)
+    sampler = Sampler(plan, seed=seed, batch_size=2, world_size=world_size, accumulation_steps=accumulation)
+    dealt = [sampler.picks(index, rank) for index in range(35 * accumulation) for rank in range(world_size)]
+    shown = [picks for picks in dealt if picks[0].sample.dataset_id == "coming"]
+    assert [[p.sample for p in picks] for picks in shown] == [
+        [p.sample for p in picks] for picks in islice(stream(alone), len(shown))
+    ]
+    where = [index for index, picks in enumerate(dealt) if picks[0].sample.dataset_id == "coming"]
+    per_update = world_size * accumulation
+    assert 2 * per_update <= where[0]
+    assert where[-1] < 30 * per_update
+    assert sampler.epoch_of(0) == 0
+    assert sampler.idle_datasets(2 * accumulation) == ("coming",)
+    assert sampler.idle_datasets(35 * accumulation) == ()
+
+
+def test_shares_may_ignore_lengths() -> None:
+    plan = plan_of(
+        dataset("long", [400]), dataset("short", [20]), dataset("half", [90], probability=0.5), sampling="uniform"
+    )
+    sampler = Sampler(plan, seed=1, batch_size=2)
+    for epoch in range(2):
+        first = epoch * sampler.batches_per_epoch
+        batches = [sampler.picks(first + index) for index in range(sampler.batches_per_epoch)]
+        assert Counter(picks[0].sample.dataset_id for picks in batches) == {"long": 200, "short": 200, "half": 100}
+
+
+def test_a_packed_batch_mixes_sizes_evenly() -> None:
+    plan = plan_of(dataset("a", [1, 3, 8, 28], mixing="packed"))
+    sampler = Sampler(plan, seed=3, batch_size=4)
+    assert sampler.batches_per_epoch == 10
+    sizes = [len({p.sample.geometry.target for p in sampler.picks(index)}) for index in range(100)]
+    assert max(sizes) >= 3
+    assert 1.5 < sum(sizes) / len(sizes) < 2.5
+
+
+def test_a_run_may_end_with_its_datasets() -> None:
+    sampler = Sampler(
+        plan_of(dataset("a", [10], schedule=Schedule(end_step=6))), seed=1, batch_size=1, accumulation_steps=2
+    )
+    assert (sampler.num_batches, sampler.batches_before(1), sampler.batches_before(2)) == (12, 10, None)
+    sampler.picks(11)
+    with pytest.raises(IndexError):
+        sampler.picks(12)
 
 
 def test_a_dataset_may_have_its_own_batch_size() -> None:
@@ -225,3 +329,44 @@ def test_a_hundred_thousand_images_take_no_time() -> None:
     each_s = (time.process_time() - before_s - first_s) / 1000
     assert first_s < 1.0
     assert each_s < 0.001
+
+
+def test_a_hundred_thousand_images_take_little_memory() -> None:
+    """Beside the plan itself: an order of the epoch and of the dataset's round, and one list of a packed dataset."""
+    (bucket,) = dataset("large", [1]).buckets
+    large = replace(bucket, samples=bucket.samples * 100_000)
+    plan = plan_of(replace(dataset("large", [1], mixing="packed", repeats=3), buckets=(large,)))
+    tracemalloc.start()
+    sampler = Sampler(plan, seed=1, batch_size=4)
+    for index in (0, 1, sampler.batches_per_epoch + 1):
+        sampler.picks(index)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 20e6
+    assert peak < 40e6
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_fresh_crops_are_those_of_the_pass_and_change_nothing_else(fresh: bool) -> None:
+    wide = Geometry(target=(64, 64), intermediary=(640, 64), crop=(0, 0))
+    plain = dataset("a", [5])
+    samples = tuple(replace(one, geometry=wide) for one in plain.buckets[0].samples)
+    cropped = replace(plain, buckets=(Bucket(size=(64, 64), samples=samples),), takes_fresh_crops=fresh)
+    rounds = [
+        [pick.sample for index in range(first, first + 5) for pick in picks_of(cropped, index)] for first in (0, 5, 10)
+    ]
+    for number, of_round in enumerate(rounds):
+        assert {one.record.key for one in of_round} == {one.record.key for one in samples}
+        for one in of_round:
+            expected = recrop(wide, seed=3, key=one.record.key, pass_number=number) if fresh else wide
+            assert one.geometry == expected
+    assert [one.record.key for one in rounds[1]] == [
+        pick.sample.record.key
+        for index in range(5, 10)
+        for pick in picks_of(replace(cropped, takes_fresh_crops=not fresh), index)
+    ]
+    assert (len({one.geometry.crop for of_round in rounds for one in of_round}) > 10) == fresh
+
+
+def picks_of(one: DatasetPlan, index: int) -> tuple[Pick, ...]:
+    return Sampler(plan_of(one), seed=3, batch_size=1).picks(index)

@@ -62,6 +62,22 @@ def test_encoding_while_training_makes_the_steps_of_a_cache_whether_resumed_or_n
     assert bool(written) == (way == "vae_cache_ondemand")
 
 
+@pytest.mark.slow(seconds=15)
+def test_fresh_crops_in_every_epoch_resume_as_if_nothing_had_happened(project, train):
+    project.set_dataset(vae_cache_clear_each_epoch=True, crop=True, resolution=96, repeats=0)
+    train("--output_dir=straight", "--max_train_steps=10")
+    train("--output_dir=halves", "--max_train_steps=7")
+    train("--output_dir=halves", "--max_train_steps=10")
+    assert same_weights(project, "straight", "halves")
+    assert not list(project.root.rglob("vae/**/*.safetensors"))
+    project.set_dataset(vae_cache_clear_each_epoch=False)
+    train("--output_dir=fixed", "--max_train_steps=10")
+    fresh, fixed = (project.losses(project.root / name) for name in ("straight", "fixed"))
+    num_first = 4  # 8 images in batches of 2
+    assert all(abs(min(fresh[step]) - min(fixed[step])) < 1e-5 for step in range(1, num_first + 1))
+    assert fresh != fixed
+
+
 @pytest.mark.slow
 def test_unreadable_images_stop_a_run_that_asks_for_it(project, train, monkeypatch, capsys):
     (project.root / "datasets" / "subject" / "bad.jpg").write_bytes(b"no image")
@@ -69,3 +85,18 @@ def test_unreadable_images_stop_a_run_that_asks_for_it(project, train, monkeypat
     assert main(["train", "--log-format", "plain"]) != 0
     assert "E-IMAGE-UNREADABLE" in capsys.readouterr().err
     assert json.loads((project.output / "run.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.slow(seconds=22)
+def test_two_runs_fill_one_cache_at_once(project):
+    options = ("--log-format=plain", "--cache_dir=shared", "--max_train_steps=2")
+    runs = [project.start("train", f"--output_dir={name}", *options) for name in ("one", "two")]
+    assert [run.wait(timeout=240) for run in runs] == [0, 0]
+    for run in runs:
+        run.communicate()
+    alone = project.run("train", "--output_dir=alone", "--log-format=plain", "--max_train_steps=2")
+    assert alone.returncode == 0
+    losses = [project.losses(project.root / name) for name in ("one", "two", "alone")]
+    assert losses[0] == losses[1] == losses[2]
+    assert same_weights(project, "one", "two")
+    assert same_weights(project, "one", "alone")

@@ -11,7 +11,7 @@ from PIL import Image
 
 from simpletuner.models.z_image.sampler import draw_noise
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow(seconds=120), pytest.mark.xdist_group("demo")]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.test_resume import assert_same_weights
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=40)
 
 OFFLOADS = {
     "blocks": {

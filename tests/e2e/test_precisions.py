@@ -42,7 +42,7 @@ def short(project):
     return project
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=65)
 def test_every_precision_learns_like_the_unquantised_base(short, record_property):
     train(short, "no_change")
     reference = end_of(short, "no_change")

@@ -24,7 +24,7 @@ def assert_same_weights(one, other) -> None:
         assert tensor.equal(second[name]), name
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=150)
 def test_killed_at_random_moments_and_resumed_equals_uninterrupted(project):
     project.set(
         max_train_steps=NUM_STEPS,
@@ -75,7 +75,7 @@ def wait_for_growth(journal, seen, process) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=25)
 def test_stopped_by_command_or_key_and_resumed_equals_uninterrupted(project):
     assert project.run("train", "--output_dir", "straight", "--max_train_steps", "16").returncode == 0
     project.set(max_train_steps=16, checkpoint_step_interval=0)
@@ -143,7 +143,7 @@ def test_equal_runs_write_equal_files(project):
         assert one.read_bytes() == another.read_bytes(), file
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=22)
 @pytest.mark.parametrize(("optimizer", "images"), [("adamw_schedulefree", IMAGES), ("ao-adamw4bit", {})])
 def test_optimizers_with_states_of_their_own_resume_as_if_nothing_had_happened(project, optimizer, images):
     """Images and checkpoints in between show what is learnt; they do not move what is trained on."""

@@ -167,7 +167,7 @@ def test_two_runs_at_once_end_with_one_spill(tmp_path):
     assert files(tmp_path) == ["key"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=32)
 def test_killed_at_any_moment_it_leaves_nothing_half_written_that_is_trusted(tmp_path):
     """Twenty kills; after each the folder has no spill or a whole one, and the next run clears up and goes on."""
     count, rng = 12, random.Random(0)

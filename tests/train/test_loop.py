@@ -70,7 +70,7 @@ def drive(
             start_step=start,
             total_steps=total,
             accumulation_steps=accumulation,
-            micro_batches_per_epoch=3,
+            epoch_of=lambda index: index // 3,
             schedule=ScheduleSettings(learning_rate=0.5, **schedule),
             checkpoint_interval=checkpoint,
             validation_interval=validation,

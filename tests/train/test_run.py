@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,16 @@ from simpletuner.config.datasets import ImageDataset
 from simpletuner.config.root import Config
 from simpletuner.config.sections.optimizer import OptimizerSection
 from simpletuner.config.sections.run import RunSection
+from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Plan, Sample
+from simpletuner.data.sampler import Sampler
+from simpletuner.data.spec import Schedule
+from simpletuner.data.storage import FileInfo, LocalStorage
 from simpletuner.i18n import LANGUAGES, catalog, render_problem
 from simpletuner.problems import ConfigError, Problem
 from simpletuner.train.build import lora_info, lora_settings, trigger_words
 from simpletuner.train.device import choose_compute, choose_device
 from simpletuner.train.run import config_hash
-from simpletuner.train.start import total_updates
+from simpletuner.train.start import idle_warnings, total_updates
 
 
 def config(*, epochs=0, steps=0, accumulation=1) -> Config:
@@ -27,10 +32,52 @@ def config(*, epochs=0, steps=0, accumulation=1) -> Config:
     )
 
 
+def sampler_of(batches: int, *, accumulation: int = 1, **schedule: int) -> Sampler:
+    """Over one dataset of that many images, one per batch."""
+    size = (64, 64)
+    record = ImageRecord(file=FileInfo(key="a", size_bytes=1, version="1"), size=size)
+    geometry = Geometry(target=size, intermediary=size, crop=(0, 0))
+    sample = Sample(dataset_id="cats", record=record, geometry=geometry, captions=("a",))
+    dataset = DatasetPlan(
+        id="cats",
+        buckets=(Bucket(size=size, samples=(sample,) * batches),),
+        repeats=0,
+        probability=1.0,
+        is_regularisation=False,
+        caption_dropout_probability=0.0,
+        dropped=(),
+        storage=LocalStorage(folder=Path("images")),
+        schedule=Schedule(**schedule),
+    )
+    plan = Plan(datasets=(dataset,), fingerprint="")
+    return Sampler(plan, seed=1, batch_size=1, accumulation_steps=accumulation)
+
+
 def test_the_length_of_a_run():
-    assert total_updates(config(steps=7), 100) == 7
-    assert total_updates(config(epochs=3), 10) == 30
-    assert total_updates(config(epochs=3, accumulation=4), 10) == 7
+    assert total_updates(config(steps=7), sampler_of(100)) == 7
+    assert total_updates(config(epochs=3), sampler_of(10)) == 30
+    assert total_updates(config(epochs=3, accumulation=4), sampler_of(10, accumulation=4)) == 7
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [
+        (config(epochs=3, accumulation=2), "num_train_epochs 3"),
+        (config(steps=13, accumulation=2), "max_train_steps 13"),
+    ],
+)
+def test_a_run_that_outlasts_its_datasets_is_refused(language, options, length):
+    sampler = sampler_of(10, accumulation=2, end_step=12)
+    with pytest.raises(ConfigError) as caught:
+        total_updates(options, sampler)
+    assert [problem.code for problem in caught.value.problems] == ["E-DATASETS-END"]
+    title, hint = render_problem(caught.value.problems[0], language)
+    assert "13" in title
+    assert length in title
+    assert "end_step" in hint
+    assert total_updates(config(steps=12, accumulation=2), sampler) == 12
+    assert total_updates(config(epochs=2, accumulation=2), sampler) == 10
 
 
 def test_a_result_says_nothing_of_where_things_lie(tmp_path, monkeypatch):
@@ -71,10 +118,24 @@ def test_trigger_words_are_the_instance_prompts_that_were_captions():
     assert trigger_words(datasets) == ("sks octopus", "an octopus", "the thing")
 
 
+def test_a_dataset_that_never_comes_is_told():
+    first = sampler_of(10).plan.datasets[0]
+    late = replace(first, id="late", schedule=Schedule(start_step=8))
+    sampler = Sampler(Plan(datasets=(first, late), fingerprint=""), seed=1, batch_size=1)
+    (problem,) = idle_warnings(config(steps=7), sampler, 7)
+    assert problem.code == "W-DATASET-IDLE"
+    for language in LANGUAGES:
+        title, hint = render_problem(problem, language)
+        assert "late" in title
+        assert "7" in title
+        assert "disabled" in hint
+    assert idle_warnings(config(steps=8), sampler, 8) == []
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_less_than_one_update_is_nothing_to_train(language):
     with pytest.raises(ConfigError) as caught:
-        total_updates(config(epochs=1, accumulation=4), 3)
+        total_updates(config(epochs=1, accumulation=4), sampler_of(3, accumulation=4))
     title, hint = render_problem(caught.value.problems[0], language)
     assert "1" in title
     assert "repeats" in hint

@@ -198,3 +198,64 @@ def test_a_missing_mask_ends_the_start(pictures):
         settle(pictures)
     (problem,) = caught.value.problems
     assert (problem.code, problem.params["files"]) == ("E-MASK-MISSING", "cat 1.png")
+
+
+def write_images(folder: Path, sizes: dict[str, tuple[int, int]]) -> None:
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(folder / "images" / f"{name}.png")
+
+
+def change_dataset(folder: Path, **options: object) -> None:
+    (entry,) = json.loads((folder / "multidatabackend.json").read_text())
+    (folder / "multidatabackend.json").write_text(json.dumps([{**entry, **options}]))
+
+
+def planned(folder: Path) -> t.DatasetPlanned:
+    events = [record.event for record in read(folder / "output" / "events.jsonl")]
+    return [event for event in events if isinstance(event, t.DatasetPlanned)][-1]
+
+
+FEW = {"a": (64, 64), "b": (64, 64), "tall": (64, 128)}
+TWO = "--train_batch_size=2"
+
+
+def test_short_buckets_end_a_run_unless_it_says_what_becomes_of_them(folder):
+    write_images(folder, FEW)
+    with pytest.raises(DatasetError):
+        settle(folder, TWO)
+    start = settle(folder, TWO, "--allow_dataset_oversubscription=true")
+    assert start.sampler.batches_per_epoch == 2
+    assert [bucket.num_samples for bucket in planned(folder).filled] == [1]
+    change_dataset(folder, repeats=0)  # what is written is kept
+    with pytest.raises(DatasetError) as caught:
+        settle(folder, TWO, "--allow_dataset_oversubscription=true")
+    assert caught.value.problems[0].params["minimum_repeats"] == 1
+
+
+def test_short_buckets_are_left_out_where_small_images_are(folder):
+    write_images(folder, FEW)
+    change_dataset(folder, minimum_image_size=32)
+    start = settle(folder, TWO)
+    assert [bucket.num_samples for bucket in planned(folder).pruned] == [1]
+    assert start.plan.datasets[0].num_images == 2
+    with pytest.raises(DatasetError):
+        settle(folder, TWO, "--disable_bucket_pruning=true")
+
+
+def test_packed_batches_need_no_full_buckets(folder):
+    write_images(folder, FEW)
+    start = settle(folder, TWO, "--batch_mixing=packed", "--gradient_accumulation_steps=2")
+    assert start.sampler.batches_per_epoch == 2
+    assert planned(folder).batch_mixing == "packed"
+
+
+def test_the_length_of_a_run_follows_the_schedules_of_its_datasets(folder):
+    write_images(folder, {str(number): (64, 64) for number in range(6)})
+    entry = json.loads((folder / "multidatabackend.json").read_text())[0]
+    later = {**entry, "id": "later", "start_epoch": 2, "repeats": 1}
+    filters = {"id": "texts", "dataset_type": "text_embeds", "caption_filter_list": ["s/3/three/"]}
+    (folder / "multidatabackend.json").write_text(json.dumps([entry, later, filters]))
+    start = settle(folder, "--max_train_steps=0", "--num_train_epochs=3")
+    assert start.total_steps == 6 + 2 * (6 + 12)
+    assert [start.sampler.epoch_of(index) for index in (0, 5, 6, 23, 24)] == [0, 0, 1, 1, 2]
+    assert "three" in start.plan.prompts()

@@ -1,4 +1,4 @@
-"""Optional packages, named once: precisions and optimizers come from them. Standard library only."""
+"""Optional packages, named once: precisions, optimizers and storages come from them. Standard library only."""
 
 from __future__ import annotations
 
@@ -27,5 +27,21 @@ PYTORCH_OPTIMIZER = Library(
 QUANTO = Library(
     distribution="optimum-quanto", module="optimum", requirement="optimum-quanto>=0.2.7,<0.3", extra="quanto"
 )
+S3FS = Library(distribution="s3fs", module="s3fs", requirement="s3fs>=2025.3", extra="s3")
+AIOHTTP = Library(distribution="aiohttp", module="aiohttp", requirement="aiohttp>=3.11", extra="urls")
+DATASETS = Library(distribution="datasets", module="datasets", requirement="datasets>=4,<6", extra="datasets")
+PYARROW = Library(distribution="pyarrow", module="pyarrow", requirement="pyarrow>=18", extra="parquet")
 
-LIBRARIES = (BITSANDBYTES, TORCHAO, OPTIMI, PRODIGY, SCHEDULEFREE, PYTORCH_OPTIMIZER, QUANTO)
+LIBRARIES = (
+    BITSANDBYTES,
+    TORCHAO,
+    OPTIMI,
+    PRODIGY,
+    SCHEDULEFREE,
+    PYTORCH_OPTIMIZER,
+    QUANTO,
+    S3FS,
+    AIOHTTP,
+    DATASETS,
+    PYARROW,
+)

@@ -59,14 +59,13 @@ _OTHER_FLAGS = """
     i_know_what_i_am_doing seed_for_each_device=true trust_remote_code
     delete_model_after_load strict_epoch_limit ignore_final_epochs validation_prompt_library validation_preview
     validation_randomize validation_disable_unconditional=true validation_using_datasets
-    enable_watermark override_dataset_config allow_dataset_oversubscription disable_bucket_pruning
-    vae_cache_preprocess=true
-    preserve_data_backend_cache aspect_bucket_disable_rebuild ignore_missing_files
+    enable_watermark vae_cache_preprocess=true
+    aspect_bucket_disable_rebuild ignore_missing_files
     delete_problematic_images delete_unwanted_images print_filenames print_sampler_statistics debug_aspect_buckets
     debug_dataset_loader push_checkpoints_to_hub push_to_hub_background model_card_private
     model_card_safe_for_work checkpointing_use_tempdir delete_invalid_checkpoints same_network
     find_unused_parameters validation_torch_compile
-    disable_multiline_split skip_file_discovery fsdp_reshard_after_forward fsdp_cpu_ram_efficient_loading
+    skip_file_discovery fsdp_reshard_after_forward fsdp_cpu_ram_efficient_loading
     fsdp_limit_all_gathers fsdp_activation_checkpointing use_soft_min_snr rescale_betas_zero_snr
 """
 _OTHER_VALUES = """
@@ -81,9 +80,9 @@ _OTHER_VALUES = """
     validation_method=simpletuner-local validation_external_script validation_external_background
     evaluation_type pretrained_evaluation_model_name_or_path
     inference_scheduler_timestep_spacing training_scheduler_timestep_spacing
-    data_backend_sampling vae_cache_scan_behaviour read_batch_size image_processing_batch_size
+    vae_cache_scan_behaviour read_batch_size image_processing_batch_size
     aspect_bucket_worker_count torch_num_threads metadata_update_interval
-    max_upscale_threshold tracker_image_layout custom_tracker logging_dir
+    tracker_image_layout custom_tracker logging_dir
     checkpoint_epoch_interval checkpointing_rolling_steps checkpoints_rolling_total_limit disk_low_threshold
     disk_low_action disk_low_script model_card_note modelspec_comment publishing_config post_checkpoint_script
     post_upload_script webhook_reporting_interval num_machines=1 main_process_ip main_process_port machine_rank
@@ -116,15 +115,11 @@ UPSTREAM: Mapping[str, UpstreamOption] = MappingProxyType(
 """Options that this version lacks."""
 
 _DATASET_RESULT = """
-    caption_filter_list caption_shuffle slider_strength conditioning
-    start_epoch=1 start_step=1,0 end_epoch end_step disable_after_epoch_step
-    mask_type
+    slider_strength conditioning mask_type
+    huggingface.composite_image_config huggingface.filter_func
 """
 _DATASET_OTHER = """
-    preserve_data_backend_cache metadata_update_interval
-    parquet csv_file csv_caption_column csv_url_column csv_cache_dir aws_bucket_name
-    aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_session_token
-    aws_max_pool_connections aws_data_prefix dataset_name split revision image_column caption_column huggingface
+    metadata_update_interval
     delete_unwanted_images delete_problematic_images delete_nsfw_images disable_validation hash_filenames
     ignore_epochs memory_filesystem_path
     memory_filesystem_size memory_filesystem_sudo video audio num_frames

@@ -66,6 +66,7 @@ def _show(words: list[str], language: str) -> int:
     with_origin, words = _take("--origin", words)
     only_changed, words = _take("--changed", words)
     from simpletuner.planner.choose import planned
+    from simpletuner.train.places import storage_of
 
     loaded = planned(_load(words, check_folders=False)).loaded
     if as_json:
@@ -79,7 +80,7 @@ def _show(words: list[str], language: str) -> int:
     print(f"\n# {text('config.datasets', language, file=shown_path(loaded.datasets.path, Path.cwd()))}")
     datasets = loaded.datasets
     for dataset in (*datasets.images, *datasets.evals, *datasets.masks):
-        print(f"{dataset.id}: {dataset.instance_data_dir}")
+        print(f"{dataset.id}: {storage_of(dataset, cache_dir=Path(loaded.config.data.cache_dir)).id}")
     return 0
 
 
@@ -115,8 +116,9 @@ def _check_datasets(loaded: LoadedConfig) -> None:
     from simpletuner.data.plan import folder_problems
     from simpletuner.train.start import dataset_spec
 
-    pictures = (*loaded.datasets.images, *loaded.datasets.evals)
-    found = folder_problems([dataset_spec(dataset, loaded.config) for dataset in pictures])
+    datasets = loaded.datasets
+    pictures = (*datasets.images, *datasets.evals)
+    found = folder_problems([dataset_spec(d, loaded.config, datasets.embeds_of(d)) for d in pictures])
     if found:
         raise DatasetError([*found, *loaded.warnings])
 

@@ -97,10 +97,11 @@ def _row(name: str, language: str) -> Iterator[str]:
 
 
 def _page(option: object, title: str, language: str) -> str:
-    from simpletuner.config.docs import facts, help_text
+    from simpletuner.config.docs import facts, help_text, part_text
     from simpletuner.config.fields import Option
 
     assert isinstance(option, Option)
     lines = [f"{option.name}  ({title})", f"  {help_text(option, language)}"]
     lines += [f"  {label}: {fact}" if label else f"  {fact}" for label, fact in facts(option, language)]
+    lines += [f"  {part.name}: {part_text(part, language)}" for part in option.parts]
     return "\n".join(lines)

@@ -57,6 +57,8 @@ def _problem_of(details: ErrorDetails, settings: Mapping[str, Setting], options:
     name = str(details["loc"][0])
     setting, option = settings[name], options[name]
     params: dict[str, object] = {"key": name, "value": show(setting.value)}
+    for part in (part for part in option.parts if part.name in details["loc"][1:]):
+        params, option = {"key": f"{name}.{part.name}", "value": show(details["input"])}, part
     fixes: tuple[Fix, ...] = ()
     context = details.get("ctx", {})
     if details["type"] in _BOUND_ERRORS:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
+from simpletuner.config.caption_filters import bad_filters
 from simpletuner.config.datasets import CONDITIONING_TYPES, ImageDataset
 from simpletuner.config.placeholder import SUBJECT_PLACEHOLDER, has_placeholder
+from simpletuner.config.schedule_rules import schedule_problem
 from simpletuner.config.size_rules import DATASET_LIMIT_MEGAPIXELS, Sizes, broken_size_rule
 from simpletuner.problems import Fix, Problem, Severity
 
@@ -18,6 +21,12 @@ _TRAINING_KEYS = frozenset(
         "train_batch_size",
         "caption_dropout_probability",
         "timestep_sampling_offset",
+        "batch_mixing",
+        "start_epoch",
+        "start_step",
+        "end_epoch",
+        "end_step",
+        "disable_after_epoch_step",
     )
 )
 IDLE_KEYS: Mapping[str, frozenset[str]] = {
@@ -27,20 +36,33 @@ IDLE_KEYS: Mapping[str, frozenset[str]] = {
 }
 """dataset_type -> keys that say nothing in such an entry."""
 
+_WEIGHTS_TOLERANCE = 0.02  # of their sum: 0.33 three times is meant well
 SIZE_KEYS = ("resolution", "resolution_type", "maximum_image_size", "target_downsample_size")
 
 
 def broken_dataset_rules(dataset: ImageDataset, *, written: frozenset[str]) -> Iterator[Problem]:
     """The problems of one dataset; their paths name keys. `written` are the keys of the entry itself: what is wrong
     with inherited sizes or an inherited prompt alone is told once, for the run."""
-    checks: tuple[Callable[[ImageDataset], Problem | None], ...] = (_prompt, _aspects, _aspect_range, _one_mask)
     yield from _idle(dataset, written)
-    for check in checks if dataset.dataset_type != "conditioning" else (_conditioning,):
+    if dataset.dataset_type == "conditioning":  # sizes and captions are those of the images
+        problem = _conditioning(dataset)
+        if problem is not None:
+            yield problem
+        return
+    checks: tuple[Callable[[ImageDataset], Problem | None], ...] = (
+        _prompt,
+        _face,
+        _aspects,
+        _weights,
+        _aspect_range,
+        _one_mask,
+        schedule_problem,
+    )
+    for check in checks:
         problem = check(dataset)
         if problem is not None:
             yield problem
-    if dataset.dataset_type == "conditioning":  # sizes and prompts are those of the images
-        return
+    yield from bad_filters(dataset.caption_filter_list)
     problem = _sizes(dataset) if written & set(SIZE_KEYS) else None
     if problem is not None:
         yield problem
@@ -104,6 +126,32 @@ def _aspects(dataset: ImageDataset) -> Problem | None:
     params = {"id": dataset.id, "value": dataset.crop_aspect}
     fixes = (Fix(key="crop_aspect_buckets", value=[0.75, 1.0, 1.33]),)
     return Problem(code="E-DATASET-ASPECTS", params=params, path="/crop_aspect", fixes=fixes)
+
+
+def _face(dataset: ImageDataset) -> Problem | None:
+    if dataset.crop_style != "face":
+        return None
+    fixes = (Fix(key="crop_style", value="center"),)
+    return Problem(code="E-DATASET-FACE", params={"id": dataset.id}, path="/crop_style", fixes=fixes)
+
+
+def _weights(dataset: ImageDataset) -> Problem | None:
+    """Weights are shares of a whole: one that is missing, or a sum that is not 1, is a slip of the pen."""
+    weights = [bucket.weight for bucket in dataset.crop_aspect_buckets]
+    written = [weight for weight in weights if weight is not None]
+    if not written or (len(written) == len(weights) and math.isclose(sum(written), 1, abs_tol=_WEIGHTS_TOLERANCE)):
+        return None
+    params = {"id": dataset.id, "sum": f"{sum(written):g}", "missing": len(weights) - len(written)}
+    path = "/crop_aspect_buckets"
+    if len(written) < len(weights):
+        return Problem(code="E-DATASET-WEIGHTS-MISSING", params=params, path=path)
+    shares = [
+        {"aspect": bucket.aspect, "weight": round(weight / sum(written), 4)}
+        for bucket, weight in zip(dataset.crop_aspect_buckets, written, strict=True)
+    ]
+    return Problem(
+        code="E-DATASET-WEIGHTS", params=params, path=path, fixes=(Fix(key="crop_aspect_buckets", value=shares),)
+    )
 
 
 def _aspect_range(dataset: ImageDataset) -> Problem | None:

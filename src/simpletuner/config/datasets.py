@@ -10,25 +10,70 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from simpletuner.config.dataset_storages import StorageKeys, storage_options
 from simpletuner.config.fields import Opt, Option, Section, describe
-from simpletuner.config.sections.data import CAPTION_SPELLINGS, CaptionStrategy, ResolutionType, UnreadableImages
+from simpletuner.config.sections.data import (
+    CAPTION_SPELLINGS,
+    BatchMixing,
+    CaptionStrategy,
+    ResolutionType,
+    UnreadableImages,
+)
 
 CONDITIONING_TYPES = ("mask",)
 OTHER_CONDITIONING_TYPES = ("controlnet", "segmentation", "reference_strict", "reference_loose")
 """Known by name and not offered."""
 
+MetadataBackend = Literal["discovery", "parquet", "huggingface"]
+
+_STORAGE_SPELLINGS = (("s3", "aws"), ("hf", "huggingface"))
+_METADATA_SPELLINGS = (("json", "discovery"),)
 _CENTER = (("centre", "center"), ("centered", "center"))
 
 
+def _at_least_one(number: int) -> int:
+    return max(number, 1)
+
+
+def _at_least_zero(number: int) -> int:
+    return max(number, 0)
+
+
+def _none_below_one(number: int | None) -> int | None:
+    return number if number is not None and number > 0 else None
+
+
 class AspectBucket(BaseModel):
-    """One entry of crop_aspect_buckets: width / height, and how often it is drawn relative to the others."""
+    """One entry of crop_aspect_buckets: width / height, and the share of images that are given it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     aspect: Annotated[float, Gt(0)]
-    weight: Annotated[float, Gt(0)] = 1.0
+    weight: Annotated[float | None, Gt(0)] = None
+
+
+class CaptionShuffle(Section):
+    """What caption_shuffle may say."""
+
+    enable: Annotated[bool, Opt()] = True
+    """Make the variants."""
+
+    count: Annotated[int, Ge(1), Le(100), Opt()] = 1
+    """Variants of each caption."""
+
+    seed: Annotated[int | None, Opt(shown_default="seed")] = None
+    """Another number gives other orders."""
+
+    split_on: Annotated[Literal["comma", "space", "period"], Opt()] = "comma"
+    """What stands between tags."""
+
+    position_start: Annotated[int, Ge(0), Opt(unit="tags")] = 0
+    """So many tags stay where they are, at the front."""
+
+    include_original: Annotated[bool, Opt()] = True
+    """Train with the caption as it is written, too."""
 
 
 class ImageDataset(Section):
@@ -39,8 +84,9 @@ class ImageDataset(Section):
     id: Annotated[str, Opt(level="basic")]
     """Unique name of the dataset."""
 
-    type: Annotated[Literal["local"], Opt()] = "local"
-    """Where the images are. This version reads local folders."""
+    type: Annotated[Literal["local", "aws", "csv", "huggingface"], Opt(spellings=_STORAGE_SPELLINGS)] = "local"
+    """Where the images are: in a folder, in a bucket of an S3-compatible server, at the URLs of a CSV file, or in the
+    rows of a Hugging Face dataset."""
 
     dataset_type: Annotated[Literal["image", "eval", "conditioning"], Opt()] = "image"
     """What the entry is. image: trained on. eval: held out, to measure the loss on. conditioning: masks of another
@@ -49,8 +95,8 @@ class ImageDataset(Section):
     disabled: Annotated[bool, Opt(aliases=("disable",))] = False
     """Leave the dataset out."""
 
-    instance_data_dir: Annotated[str, Opt(level="basic", holds="path")]
-    """Folder of the images; its subfolders are read too."""
+    instance_data_dir: Annotated[str, Opt(level="basic", holds="path", shown_default="required with type local")] = ""
+    """With type local: folder of the images; its subfolders are read too."""
 
     resolution: Annotated[float, Gt(0), Opt(level="basic")] = 1024
     """Training resolution, in the unit of resolution_type."""
@@ -76,20 +122,23 @@ class ImageDataset(Section):
     crop: Annotated[bool, Opt(level="basic")] = False
     """Crop to crop_aspect. Without it every image keeps its aspect, up to the rounding of its bucket."""
 
-    crop_style: Annotated[Literal["random", "center", "corner"], Opt(spellings=_CENTER)] = "random"
+    crop_style: Annotated[str, Opt(choices=("random", "center", "corner"), foreign=("face",), spellings=_CENTER)] = (
+        "random"
+    )
     """Which part of the image a crop keeps."""
 
     crop_aspect: Annotated[Literal["square", "preserve", "closest", "random"], Opt()] = "square"
     """Shape of a crop. closest and random choose from crop_aspect_buckets."""
 
     crop_aspect_buckets: Annotated[tuple[AspectBucket, ...], Opt(holds="aspects")] = ()
-    """Shapes for crop_aspect closest and random: numbers, or objects with aspect and weight."""
+    """Shapes for crop_aspect closest and random: numbers, or objects with aspect and weight; weights add up to 1."""
 
     max_upscale_threshold: Annotated[float | None, Ge(0), Opt()] = None
     """With crop_aspect closest or random: leave out shapes that need more enlargement than 1 plus this."""
 
     caption_strategy: Annotated[CaptionStrategy, Opt(level="basic", spellings=CAPTION_SPELLINGS)] = "filename"
-    """Where captions come from: the file name, a .txt file beside the image, or instance_prompt."""
+    """Where captions come from: the file name, a .txt file beside the image, instance_prompt, or a table: a parquet or
+    CSV file, or the rows of a Hugging Face dataset."""
 
     instance_prompt: Annotated[tuple[str, ...], Opt(level="basic", holds="prompts")] = ()
     """The caption of every image with caption_strategy instanceprompt. Of a list, one is drawn per visit."""
@@ -103,6 +152,12 @@ class ImageDataset(Section):
     disable_multiline_split: Annotated[bool, Opt()] = False
     """Take a caption file as one caption. Otherwise every line is one, and one is drawn per visit."""
 
+    caption_filter_list: Annotated[tuple[str, ...], Opt(holds="prompts")] = ()
+    """What is taken out of captions: words, s/search/replacement/, regular expressions; or a file of such lines."""
+
+    caption_shuffle: Annotated[CaptionShuffle | None, Opt()] = None
+    """Variants of each caption with its tags in another order. Its keys follow; true stands for their defaults."""
+
     caption_dropout_probability: Annotated[float, Ge(0), Le(1), Opt()] = 0.1
     """Share of the visits that train with an empty caption."""
 
@@ -110,7 +165,25 @@ class ImageDataset(Section):
     """Extra passes per epoch: with 0 an image is seen once, with 9 ten times."""
 
     probability: Annotated[float, Ge(0), Opt()] = 1.0
-    """How often the dataset is drawn, relative to its share of the images."""
+    """How often the dataset is drawn, relative to its share of the images. 0: never."""
+
+    batch_mixing: Annotated[BatchMixing, Opt()] = "bucket"
+    """What may share a batch. bucket: images of one size. packed: all images of the dataset, whatever their size."""
+
+    start_epoch: Annotated[int, AfterValidator(_at_least_one), Opt(unit="epochs")] = 1
+    """The first epoch with the dataset, counted from 1."""
+
+    start_step: Annotated[int, AfterValidator(_at_least_zero), Opt(unit="steps")] = 0
+    """The first step (optimizer update) with the dataset, counted from 1; 0 is from the start, too."""
+
+    end_epoch: Annotated[int | None, AfterValidator(_none_below_one), Opt(unit="epochs")] = None
+    """The last epoch with the dataset. 0: it stays to the end."""
+
+    end_step: Annotated[int | None, AfterValidator(_none_below_one), Opt(unit="steps")] = None
+    """The last step with the dataset. 0: it stays to the end."""
+
+    disable_after_epoch_step: Annotated[int | None, AfterValidator(_none_below_one), Opt(unit="steps")] = None
+    """In every epoch the dataset takes part in so many steps only, the first ones. 0: in all of them."""
 
     max_num_samples: Annotated[int | None, Ge(1), Opt(unit="images")] = None
     """Use only so many images, always the same ones."""
@@ -157,11 +230,16 @@ class ImageDataset(Section):
     compress_cache: Annotated[bool, Opt(level="expert")] = False
     """Accepted for compatibility: caches are never compressed, so that every entry can be read by itself."""
 
-    metadata_backend: Annotated[Literal["discovery"], Opt(spellings=(("json", "discovery"),))] = "discovery"
-    """How sizes and captions are found: by looking at the files."""
+    metadata_backend: Annotated[MetadataBackend, Opt(spellings=_METADATA_SPELLINGS)] = "discovery"
+    """How sizes are found: by looking at the files, in a parquet file, or, with type huggingface, in the rows."""
+
+    preserve_data_backend_cache: Annotated[bool, Opt()] = False
+    """List the files once and keep that listing. Later starts do not look for new or changed files."""
 
     skip_file_discovery: Annotated[str | None, Opt()] = None
     """Accepted for compatibility: only what has changed is looked at anyway."""
+
+    storage: StorageKeys = StorageKeys()
 
 
 def encodes_while_training(dataset: ImageDataset) -> bool:
@@ -196,6 +274,9 @@ class TextEmbeds(Section):
 
     default: Annotated[bool, Opt()] = False
     """Use this entry for datasets that name none, and for validation prompts."""
+
+    caption_filter_list: Annotated[tuple[str, ...], Opt(holds="prompts")] = ()
+    """What is taken out of all captions that the entry caches, as the key of a dataset does for its own."""
 
     cache_dir: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/text")] = ""
     """Folder of the cached embeddings. {id}, {output_dir} and {model_family} are filled in."""
@@ -303,7 +384,8 @@ class DatasetsConfig:
 @cache
 def dataset_options(kind: EntryKind) -> Mapping[str, Option]:
     """Key -> its declaration, for the entries of one kind."""
-    return MappingProxyType({option.name: option for option in describe(ENTRY_MODELS[kind], kind)})
+    options = {option.name: option for option in describe(ENTRY_MODELS[kind], kind)}
+    return MappingProxyType({**options, **storage_options()} if kind == "image" else options)
 
 
 def every_dataset_key() -> frozenset[str]:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from simpletuner.catalog.upstream import DATASET_UPSTREAM, Effect, asks_for_something
 from simpletuner.config.build import build_section, convert_setting
+from simpletuner.config.caption_filters import KEY as FILTERS_KEY
+from simpletuner.config.caption_filters import bad_filters, read_filters
 from simpletuner.config.dataset_references import broken_references
 from simpletuner.config.dataset_rules import broken_dataset_rules
+from simpletuner.config.dataset_storages import StorageKeys, build_storage_keys, flattened
 from simpletuner.config.datasets import (
     ENTRY_KINDS,
     ENTRY_MODELS,
@@ -23,10 +26,12 @@ from simpletuner.config.datasets import (
     dataset_options,
 )
 from simpletuner.config.fields import Option
-from simpletuner.config.json_text import JsonDocument, escape_pointer, parse_json, read_text, repeated_key_warnings
-from simpletuner.config.paths import fill_path, is_file, is_folder, shown_path
+from simpletuner.config.json_text import JsonDocument, parse_json, read_text, repeated_key_warnings
+from simpletuner.config.paths import fill_path, is_file, is_folder, path_exists, shown_path
 from simpletuner.config.root import Config
+from simpletuner.config.schedule_rules import uncovered
 from simpletuner.config.settings import Origin, OriginKind, Setting
+from simpletuner.config.storage_rules import broken_storage_rules
 from simpletuner.config.values import show
 from simpletuner.problems import ConfigError, Fix, Problem, Severity
 
@@ -115,6 +120,7 @@ class _Reader:
             entry, _, key = (problem.path or "").rpartition("/")
             pointer = f"{ids[entry].removesuffix('/id')}/{key}"
             self._problems.append(replace(problem, origin=self._place(pointer), path=pointer))
+        self._check_schedules(images, ids)
         text_embeds = [entry for entry in entries if isinstance(entry, TextEmbeds)]
         image_embeds = [entry for entry in entries if isinstance(entry, ImageEmbeds)]
         chosen = next(iter([e for e in text_embeds if e.default] or text_embeds), None)
@@ -156,18 +162,11 @@ class _Reader:
             self._add("E-DATASET-KEY-MISSING", pointer, id=name, key=key)
         if missing:
             return None
-        built, problems = build_section(ENTRY_MODELS[kind], settings, declared)
-        self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
-        if isinstance(built, ImageDataset):
-            written = frozenset(key for key, setting in settings.items() if setting.origin.kind is OriginKind.FILE)
-            self._written[built.id] = written
-            for problem in () if problems else broken_dataset_rules(built, written=written):
-                self._problems.append(self._about(problem, f"{pointer}{problem.path}", name))
-            return self._with_folder(built, pointer, name)
-        if isinstance(built, TextEmbeds):
-            return self._placed(built)
-        folder = built.cache_dir or f"{self._config.data.cache_dir}/vae/{{id}}"
-        return built.model_copy(update={"cache_dir": self._cache_path(folder, built.id)})
+        if kind == "image":
+            return self._image(settings, pointer, name)
+        return (
+            self._embeds(settings, pointer, name) if kind == "text_embeds" else self._latents(settings, pointer, name)
+        )
 
     def _kind(self, entry: Mapping[str, object], pointer: str, name: str) -> EntryKind | None:
         """What kind of entry it is; None if there is none of that kind or it is kept where none can be."""
@@ -177,11 +176,11 @@ class _Reader:
             known = ", ".join(dict.fromkeys(word for word in ENTRY_KINDS if not word.endswith("_embed")))
             self._add("E-DATASET-KIND", f"{pointer}/dataset_type", id=name, value=show(dataset_type), known=known)
             return None
-        choices = dataset_options(kind)["type"].choices
-        if storage in choices:
+        option = dataset_options(kind)["type"]
+        if storage in (*option.choices, *(spelling for spelling, _ in option.opt.spellings)):
             return kind
         code = "E-DATASET-STORAGE" if kind == "image" else "E-CACHE-STORAGE"
-        self._add(code, f"{pointer}/type", id=name, value=show(storage), choices=", ".join(choices))
+        self._add(code, f"{pointer}/type", id=name, value=show(storage), choices=", ".join(option.choices))
         return None
 
     def _inherited(self, kind: EntryKind) -> dict[str, Setting]:
@@ -205,8 +204,8 @@ class _Reader:
     ) -> dict[str, Setting]:
         found: dict[str, Setting] = {}
         aliases = {alias: option.name for option in declared.values() for alias in option.opt.aliases}
-        for raw_key, value in entry.items():
-            place = f"{pointer}/{escape_pointer(raw_key)}"
+        for raw_key, below, value in flattened(entry):
+            place = f"{pointer}/{below}"
             key = raw_key.strip().lstrip("-").replace("-", "_")
             option = declared.get(aliases.get(key, key))
             if option is None:
@@ -214,6 +213,10 @@ class _Reader:
                 continue
             if key == "skip_file_discovery" and isinstance(value, bool):
                 continue
+            if option.name == FILTERS_KEY:
+                value = self._filters(value, place, name)
+                if not value:
+                    continue
             origin = Origin(kind=OriginKind.FILE, place=self._place(place))
             setting, problem = convert_setting(Setting(key=key, value=value, origin=origin), option, self._environ)
             if problem is not None:
@@ -221,6 +224,14 @@ class _Reader:
             elif setting is not None:
                 found[option.name] = setting
         return found
+
+    def _filters(self, value: object, place: str, name: str) -> object:
+        """The entries of a list, or of the file that a text names."""
+        try:
+            return read_filters(value, self._cwd) if isinstance(value, str) and value.strip() else value
+        except ConfigError as error:
+            self._problems += (self._about(problem, place, name) for problem in error.problems)
+            return None
 
     def _foreign(self, key: str, value: object, place: str, name: str, declared: Mapping[str, Option]) -> None:
         """A key that is no option of the entry: known to upstream, a comment, or a mistake."""
@@ -241,22 +252,68 @@ class _Reader:
         else:
             self._add("E-DATASET-KEY-UNKNOWN", place, id=name, key=key)
 
-    def _with_folder(self, dataset: ImageDataset, pointer: str, name: str) -> ImageDataset:
-        folder = fill_path(dataset.instance_data_dir, self._cwd)
-        if folder not in self._absent and not is_folder(Path(folder)):
+    def _image(self, settings: dict[str, Setting], pointer: str, name: str) -> ImageDataset:
+        built, problems = build_section(ImageDataset, settings, dataset_options("image"))
+        if built.dataset_type == "conditioning":  # a mask has no caption, whatever the run's images have
+            built = built.model_copy(update={"caption_strategy": "instanceprompt"})
+        storage, more = build_storage_keys(settings)
+        problems += more
+        if built.type == "huggingface" and "metadata_backend" not in settings:
+            built = built.model_copy(update={"metadata_backend": "huggingface"})
+        built = built.model_copy(update={"storage": self._placed_storage(storage, built.id)})
+        self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
+        written = frozenset(key for key, setting in settings.items() if setting.origin.kind is OriginKind.FILE)
+        self._written[built.id] = written
+        rules = (*broken_storage_rules(built, written=written), *broken_dataset_rules(built, written=written))
+        for problem in () if problems else rules:
+            self._problems.append(self._about(problem, f"{pointer}{problem.path}", name))
+        is_local = built.type == "local" and built.instance_data_dir
+        folder = fill_path(built.instance_data_dir, self._cwd) if is_local else ""
+        if is_local and folder not in self._absent and not is_folder(Path(folder)):
             place = f"{pointer}/instance_data_dir"
             params = {"id": name, "folder": folder}
-            self._absent[folder] = self._problem("E-DATASET-FOLDER-MISSING", place, Severity.ERROR, **params)
-        return dataset.model_copy(update={"instance_data_dir": folder})
+            problem = self._problem("E-DATASET-FOLDER-MISSING", place, Severity.ERROR, **params)
+            self._absent[folder] = problem
+        return built.model_copy(update={"instance_data_dir": folder})
 
     def _with_latents(self, dataset: ImageDataset, caches: Sequence[ImageEmbeds]) -> ImageDataset:
         """With the folder of its latents: its own, that of the image_embeds entry it names, or of the default one."""
         named = next((cache for cache in caches if cache.id == dataset.image_embeds), None)
         cache = named or next((cache for cache in caches if cache.default and dataset.image_embeds is None), None)
         usual = cache.cache_dir if cache is not None else f"{self._config.data.cache_dir}/vae/{{id}}"
-        return dataset.model_copy(
-            update={"cache_dir_vae": self._cache_path(dataset.cache_dir_vae or usual, dataset.id)}
+        folder = self._cache_path(dataset.cache_dir_vae or usual, dataset.id)
+        return dataset.model_copy(update={"cache_dir_vae": folder})
+
+    def _latents(self, settings: dict[str, Setting], pointer: str, name: str) -> ImageEmbeds:
+        built, problems = build_section(ImageEmbeds, settings, dataset_options("image_embeds"))
+        self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
+        folder = built.cache_dir or f"{self._config.data.cache_dir}/vae/{{id}}"
+        return built.model_copy(update={"cache_dir": self._cache_path(folder, built.id)})
+
+    def _placed_storage(self, keys: StorageKeys, name: str) -> StorageKeys:
+        """The keys with absolute paths."""
+
+        def filled(path: str) -> str:
+            return fill_path(path, self._cwd) if path else ""
+
+        images = keys.csv.csv_cache_dir or f"{self._config.data.cache_dir}/urls"
+        csv = {"csv_file": filled(keys.csv.csv_file), "csv_cache_dir": self._cache_path(images, name)}
+        dataset = filled(keys.hub.dataset_name)
+        hub = {"dataset_name": dataset if path_exists(Path(dataset)) else keys.hub.dataset_name}
+        reading = {"cache_dir": filled(keys.reading.cache_dir) if keys.reading.cache_dir else None}
+        return StorageKeys(
+            s3=keys.s3,
+            csv=keys.csv.model_copy(update=csv),
+            hub=keys.hub.model_copy(update=hub),
+            reading=keys.reading.model_copy(update=reading),
+            parquet=keys.parquet.model_copy(update={"path": filled(keys.parquet.path)}),
         )
+
+    def _embeds(self, settings: dict[str, Setting], pointer: str, name: str) -> TextEmbeds:
+        built, problems = build_section(TextEmbeds, settings, dataset_options("text_embeds"))
+        problems += bad_filters(built.caption_filter_list)
+        self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
+        return self._placed(built)
 
     def _placed(self, embeds: TextEmbeds) -> TextEmbeds:
         cache_dir = embeds.cache_dir or self._config.data.cache_dir_text or f"{self._config.data.cache_dir}/text"
@@ -266,10 +323,17 @@ class _Reader:
         filled = text.replace("{id}", name).replace("{output_dir}", self._config.run.output_dir)
         return fill_path(filled.replace("{model_family}", self._config.model.model_family), self._cwd)
 
+    def _check_schedules(self, images: Sequence[ImageDataset], ids: Mapping[str, str]) -> None:
+        length = self._config.run
+        problem = uncovered(images, epochs=length.num_train_epochs, steps=length.max_train_steps)
+        if problem is not None and not any(found.code == "E-DATASET-SCHEDULE" for found in self._problems):
+            pointer = ids[images[0].id]
+            self._problems.append(replace(problem, origin=self._place(pointer), path=pointer))
+
     def _about(self, problem: Problem, pointer: str, name: str) -> Problem:
         """A problem of an option, told as one of a dataset."""
         params = dict(problem.params)
-        if "key" in params:
+        if "key" in params and "id" not in params:
             params["key"] = f"{name}.{params['key']}"
         return replace(problem, params=params, origin=self._place(pointer), path=pointer)
 

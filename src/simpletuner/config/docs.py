@@ -17,11 +17,8 @@ FILES = {"en": "OPTIONS.md", "es": "OPTIONS.es.md"}
 
 def help_text(option: Option, language: str) -> str:
     """What an option does, in the reader's language; English is the declaration's own text."""
-    key = (
-        f"dataset.{option.section}.{option.name}.help"
-        if option.section in ENTRY_MODELS
-        else f"option.{option.name}.help"
-    )
+    is_dataset = option.section.partition(".")[0] in ENTRY_MODELS
+    key = f"dataset.{option.section}.{option.name}.help" if is_dataset else f"option.{option.name}.help"
     return catalog(language).get(key, option.help)
 
 
@@ -50,6 +47,12 @@ def facts(option: Option, language: str) -> Iterator[tuple[str, str]]:
         yield text("reference.bounds", language), ", ".join(option.bounds)
     if option.opt.aliases:
         yield text("reference.aliases", language), ", ".join(option.opt.aliases)
+
+
+def part_text(part: Option, language: str) -> str:
+    """What one key of an object does, and what is known about it."""
+    told = (f"{label}: {fact}" if label else fact for label, fact in facts(part, language))
+    return f"{help_text(part, language)} ({', '.join(told)})"
 
 
 def reference(language: str) -> str:
@@ -94,6 +97,9 @@ def _section(key: str, chosen: Mapping[str, Option], language: str) -> list[str]
         told = (f"{label}: {fact}" if label else fact for label, fact in facts(option, language))
         level = text(f"option-level.{option.opt.level}", language)
         lines += ["", f"### `{option.name}`", "", help_text(option, language), "", f"*{' · '.join(told)} · {level}*"]
+        lines += (
+            ["", *(f"- `{part.name}`: {part_text(part, language)}" for part in option.parts)] if option.parts else []
+        )
     return lines
 
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 _OF_NUMBERS = ("type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 Level = Literal["basic", "advanced", "expert"]
-Kind = Literal["flag", "integer", "number", "text", "list"]
-Holds = Literal["text", "path", "location", "json", "prompts", "aspects"]
+Kind = Literal["flag", "integer", "number", "text", "list", "object"]
+Holds = Literal["text", "path", "location", "json", "prompts", "aspects", "secret"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class Opt:
     """What a type cannot say about an option.
 
     `holds`: "path" is a file or folder of this machine, "location" a folder or a hub id, "json" text or an object,
-    "prompts" one text or a list of them, "aspects" numbers or objects. `aliases`: other names of the option.
-    `choices`: the allowed texts, if they come from a catalog. `spellings`: accepted spelling -> choice. `foreign`:
-    texts that are no choices, but that a rule refuses with a reason of its own.
+    "prompts" one text or a list of them, "aspects" numbers or objects, "secret" a text that is never shown.
+    `aliases`: other names of the option. `choices`: the allowed texts, if they come from a catalog. `spellings`:
+    accepted spelling -> choice. `foreign`: texts that are no choices, but that a rule refuses with a reason of its own.
     `keeps_empty`: "" is a value of its own rather than "not set". `shown_default`: how the reference shows a
     default that is computed.
     """
@@ -86,7 +86,8 @@ class Section(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One declared option, as the parsers and the reference see it. `low` and `high` are bounds such as ">= 1"."""
+    """One declared option, as the parsers and the reference see it. `bounds` such as ">= 1"; `parts`: the keys of an
+    object."""
 
     name: str
     section: str
@@ -98,11 +99,18 @@ class Option:
     bounds: tuple[str, ...]
     help: str
     opt: Opt
+    parts: tuple[Option, ...] = ()
 
 
 def describe(model: type[Section], section: str) -> tuple[Option, ...]:
-    """Every option that `model` declares, in order."""
-    return tuple(_describe_field(name, section, info) for name, info in model.model_fields.items())
+    """Every option that `model` declares, in order; a section inside it without an Opt(...) of its own is none."""
+    own = {name: info for name, info in model.model_fields.items() if info.metadata or not is_section(info.annotation)}
+    return tuple(_describe_field(name, section, info) for name, info in own.items())
+
+
+def is_section(annotation: object) -> TypeGuard[type[Section]]:
+    """Whether a type is a group of options."""
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _describe_field(name: str, section: str, info: FieldInfo) -> Option:
@@ -122,6 +130,7 @@ def _describe_field(name: str, section: str, info: FieldInfo) -> Option:
         bounds=tuple(_bounds(info.metadata)),
         help=" ".join(info.description.split()),
         opt=opt,
+        parts=describe(bare, f"{section}.{name}") if is_section(bare) else (),
     )
 
 
@@ -140,7 +149,15 @@ def _kind_of(annotation: object) -> tuple[Kind, tuple[str, ...]]:
         return "text", tuple(str(a) for a in get_args(annotation))
     if get_origin(annotation) in (list, tuple):
         return "list", ()
-    simple: Mapping[object, Kind] = {bool: "flag", int: "integer", float: "number", str: "text"}
+    if is_section(annotation):
+        return "object", ()
+    simple: Mapping[object, Kind] = {
+        bool: "flag",
+        int: "integer",
+        float: "number",
+        str: "text",
+        SecretStr: "text",
+    }
     if isinstance(annotation, tuple):  # a union: text or a list of texts
         return "list", ()
     return simple[annotation], ()

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from simpletuner.config.fields import Option
 from simpletuner.config.names import closest
@@ -61,6 +62,8 @@ def convert(value: object, option: Option) -> object:
             return _list(value, option)
         case "text":
             return _text(value, option)
+        case "object":
+            return _object(value, option)
 
 
 def show(value: object) -> str:
@@ -149,6 +152,34 @@ def _aspects(value: object, option: Option) -> tuple[object, ...]:
     return found
 
 
+def _object(value: object, option: Option) -> dict[str, object]:
+    """An object, or its JSON text; `true` and `false` stand for {"enable": true} where there is such a key."""
+    parts = {part.name: part for part in option.parts}
+    if isinstance(value, bool) and "enable" in parts:
+        return {"enable": value}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _refused("E-VALUE-OBJECT", value, option) from error
+    if not isinstance(value, dict):
+        raise _refused("E-VALUE-OBJECT", value, option)
+    found: dict[str, object] = {}
+    for raw_key, item in value.items():
+        key = raw_key.strip().replace("-", "_")
+        part = parts.get(key)
+        if part is None and key.startswith("_"):
+            continue
+        if part is None:
+            guess = closest(key, parts)
+            fixes = (Fix(key=f"{option.name}.{guess}", value=item),) if guess else ()
+            params = {"key": option.name, "name": raw_key, "keys": ", ".join(parts)}
+            raise BadValueError(Problem(code="E-VALUE-OBJECT-KEY", params=params, fixes=fixes))
+        if not is_unset(item, part):
+            found[key] = convert(item, replace(part, name=f"{option.name}.{key}"))
+    return found
+
+
 def _text(value: object, option: Option) -> str:
     if option.opt.holds == "json" and isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
@@ -175,4 +206,5 @@ def _choice(value: str, option: Option) -> str:
 
 
 def _refused(code: str, value: object, option: Option) -> BadValueError:
-    return BadValueError(Problem(code=code, params={"key": option.name, "value": show(value)}))
+    shown = "***" if option.opt.holds == "secret" else show(value)
+    return BadValueError(Problem(code=code, params={"key": option.name, "value": shown}))

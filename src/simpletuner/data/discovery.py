@@ -6,18 +6,20 @@ Nothing is ever written where the images are.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import TypeVar
 
 from simpletuner.data.hashing import content_hash
 from simpletuner.data.image_index import ImageIndex, Known, KnownText
 from simpletuner.data.images import UnreadableImageError, read_header, without_decoder_warnings
-from simpletuner.data.records import ImageRecord
+from simpletuner.data.records import TOLD, ImageRecord, Size
 from simpletuner.data.storage import FileInfo, Listing, Storage, Unreadable
+from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.workers import in_order, process_pool, thread_pool
 
 Progress = Callable[[int, int], None]
@@ -43,33 +45,45 @@ class Scan:
 
 
 def scan(
-    storage: Storage, listing: Listing, index: ImageIndex, *, on_progress: Progress, max_workers: int | None = None
+    storage: Storage,
+    listing: Listing,
+    index: ImageIndex,
+    *,
+    on_progress: Progress,
+    max_workers: int | None = None,
+    told: Mapping[str, Size] = MappingProxyType({}),
 ) -> Scan:
     """Read the headers of the listed images that `index` does not know, and remember them there.
 
     Args:
         on_progress: called with (images known, images listed).
         max_workers: processes (threads, where the storage is remote) that read; None: as many as are useful.
+        told: upright sizes that a table tells, by key; these headers are not read.
+    Raises: StorageError: the storage as a whole fails; what was read until then is remembered.
     """
     known = index.images(storage.id)
+    index.save_images(storage.id, _take_told(storage, listing, known, told))
     fresh = [file for file in listing.images if not _is_current(known.get(file.key), file)]
     num_known = len(listing.images) - len(fresh)
     on_progress(num_known, len(listing.images))
     unreadable = list(listing.unreadable)
     saved: dict[str, Known] = {}
-    for number, (file, result, is_settled) in enumerate(read_each(storage, fresh, _header, max_workers), start=1):
-        if isinstance(result, Known):
-            known[file.key] = result
-            if is_settled:
-                saved[file.key] = result
-        else:
-            known.pop(file.key, None)
-            unreadable.append(Unreadable(key=file.key, reason=reason_of(result) if file.size_bytes else "empty file"))
-        if len(saved) >= _FILES_PER_COMMIT:
-            index.save_images(storage.id, saved)
-            saved = {}
-        on_progress(num_known + number, len(listing.images))
-    index.save_images(storage.id, saved)
+    try:
+        for number, (file, result, is_settled) in enumerate(read_each(storage, fresh, _header, max_workers), start=1):
+            if isinstance(result, Known):
+                known[file.key] = result
+                if is_settled:
+                    saved[file.key] = result
+            else:
+                known.pop(file.key, None)
+                reason = reason_of(result) if file.size_bytes else "empty file"
+                unreadable.append(Unreadable(key=file.key, reason=reason))
+            if len(saved) >= _FILES_PER_COMMIT:
+                index.save_images(storage.id, saved)
+                saved = {}
+            on_progress(num_known + number, len(listing.images))
+    finally:
+        index.save_images(storage.id, saved)
     gone = known.keys() - {file.key for file in listing.images}
     index.forget(storage.id, images=gone)
     records: list[ImageRecord] = []
@@ -96,14 +110,16 @@ def read_texts(found: Scan, index: ImageIndex, *, max_workers: int | None = None
     known = index.texts(storage.id)
     fresh = [file for key, file in texts.items() if not _is_current(known.get(key), file)]
     saved: dict[str, KnownText] = {}
-    for file, result, is_settled in read_each(storage, fresh, _text, max_workers, is_light=True):
-        if not isinstance(result, KnownText):
-            known.pop(file.key, None)
-            continue
-        known[file.key] = result
-        if is_settled:
-            saved[file.key] = result
-    index.save_texts(storage.id, saved)
+    try:
+        for file, result, is_settled in read_each(storage, fresh, _text, max_workers, is_light=True):
+            if not isinstance(result, KnownText):
+                known.pop(file.key, None)
+                continue
+            known[file.key] = result
+            if is_settled:
+                saved[file.key] = result
+    finally:
+        index.save_texts(storage.id, saved)
     gone = known.keys() - texts.keys()
     index.forget(storage.id, texts=gone)
     return {key: text.content for key, text in known.items() if key not in gone}
@@ -127,20 +143,22 @@ def learn_contents(
     failed: dict[str, OSError] = {}
     saved: dict[str, Known] = {}
     on_progress(len(contents), len(files))
-    for file, result, is_settled in read_each(storage, unknown, _content, max_workers):
-        if isinstance(result, Exception):
-            assert isinstance(result, OSError)
-            failed[file.key] = result
-            continue
-        contents[file.key] = result
-        row = known.get(file.key)
-        if is_settled and row is not None and _is_current(row, file):
-            saved[file.key] = replace(row, content_id=result)
-        if len(saved) >= _FILES_PER_COMMIT:
-            index.save_images(storage.id, saved)
-            saved = {}
-        on_progress(len(contents), len(files))
-    index.save_images(storage.id, saved)
+    try:
+        for file, result, is_settled in read_each(storage, unknown, _content, max_workers):
+            if isinstance(result, Exception):
+                assert isinstance(result, OSError)
+                failed[file.key] = result
+                continue
+            contents[file.key] = result
+            row = known.get(file.key)
+            if is_settled and row is not None and _is_current(row, file):
+                saved[file.key] = replace(row, content_id=result)
+            if len(saved) >= _FILES_PER_COMMIT:
+                index.save_images(storage.id, saved)
+                saved = {}
+            on_progress(len(contents), len(files))
+    finally:
+        index.save_images(storage.id, saved)
     return contents, failed
 
 
@@ -183,6 +201,7 @@ def read_each(
     """Yield (file, what `read` made of it or why it could not, whether its version was settled), in order.
 
     Many local files are read in processes, remote ones in threads; `is_light` work is not worth a process.
+    Raises: StorageError: it is not one file that fails but the storage.
     """
     tasks = [tuple(files[first : first + _FILES_PER_TASK]) for first in range(0, len(files), _FILES_PER_TASK)]
     work = partial(_read_task, storage, read)
@@ -200,7 +219,29 @@ def read_each(
             results = in_order(work, tasks, pool, num_ahead=4 * num_workers)
         for task, found in results:
             for file, (result, is_settled) in zip(task, found, strict=True):
+                if isinstance(result, StorageError):
+                    raise result
                 yield file, result, is_settled
+
+
+def _take_told(
+    storage: Storage, listing: Listing, known: dict[str, Known], told: Mapping[str, Size]
+) -> dict[str, Known]:
+    """Make `known` say what a table tells, and no longer what one told before. Returns the rows to remember."""
+    changed: dict[str, Known] = {}
+    for file in listing.images:
+        row, size = known.get(file.key), told.get(file.key)
+        if row is not None and row.traits == TOLD and size is None:
+            del known[file.key]
+        if size is None or (_is_current(row, file) and row is not None and (row.reason or row.size == size)):
+            continue
+        kept = row.content_id if row is not None and _is_current(row, file) else None
+        known[file.key] = Known(
+            size_bytes=file.size_bytes, version=file.version, size=size, traits=TOLD, content_id=kept
+        )
+        if storage.is_settled(file):
+            changed[file.key] = known[file.key]
+    return changed
 
 
 def _num_workers(storage: Storage, num_files: int, max_workers: int | None, *, is_light: bool) -> int:

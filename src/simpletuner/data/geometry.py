@@ -7,6 +7,7 @@ its own aspect, until it just covers the target, and the overflow is cut off.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from simpletuner.data.hashing import draw, draw_unit
 from simpletuner.data.records import DropReason, Geometry, Size
@@ -15,15 +16,15 @@ from simpletuner.data.spec import CropStyle, ResizeSpec, ResolutionType
 _PIXELS_PER_MEGAPIXEL = 1_000_000
 
 
-def fit(size: Size, spec: ResizeSpec, *, seed: int, content_id: str) -> Geometry | DropReason:
+def fit(size: Size, spec: ResizeSpec, *, seed: int, key: str) -> Geometry | DropReason:
     """Return how an upright image of `size` px is used under `spec`, or why it is not.
 
-    Random crops and random aspects are functions of (seed, content_id): the same picture every time.
+    Random crops and random aspects are functions of (seed, key): the same picture every time.
     """
     dropped = _reason_to_drop(size, spec)
     if dropped is not None:
         return dropped
-    target = _target_size(size, spec, seed=seed, content_id=content_id)
+    target = _target_size(size, spec, seed=seed, key=key)
     if target is None:
         return DropReason.UPSCALE
     intermediary = cover(size, target)
@@ -32,8 +33,17 @@ def fit(size: Size, spec: ResizeSpec, *, seed: int, content_id: str) -> Geometry
         shrunk = scale_to(size, spec.target_downsample_size, spec.resolution_type)
         if shrunk[0] >= target[0] and shrunk[1] >= target[1] and shrunk[0] <= size[0]:
             intermediary = shrunk
-    crop = _crop_position(intermediary, target, spec.crop_style, seed=seed, content_id=content_id)
+    crop = _crop_position(intermediary, target, spec.crop_style, seed=seed, key=key, pass_number=0)
     return Geometry(target=target, intermediary=intermediary, crop=crop)
+
+
+def recrop(geometry: Geometry, *, seed: int, key: str, pass_number: int) -> Geometry:
+    """Return the random crop of a later pass through the dataset, a function of (seed, key, pass_number).
+
+    Only the place of the cut is another one. Pass 0 has the crop that `fit` gave.
+    """
+    crop = _crop_position(geometry.intermediary, geometry.target, "random", seed=seed, key=key, pass_number=pass_number)
+    return replace(geometry, crop=crop)
 
 
 def bucket_size(aspect: float, spec: ResizeSpec) -> Size:
@@ -121,7 +131,7 @@ def _is_over_maximum(size: Size, spec: ResizeSpec) -> bool:
     return size[0] * size[1] > area_px(spec.maximum_image_size, spec)
 
 
-def _target_size(size: Size, spec: ResizeSpec, *, seed: int, content_id: str) -> Size | None:
+def _target_size(size: Size, spec: ResizeSpec, *, seed: int, key: str) -> Size | None:
     """The bucket of an image; None if every aspect on offer would enlarge it too much."""
     own_aspect = rounded_aspect(size, spec.aspect_bucket_rounding)
     if not spec.crop or spec.crop_aspect == "preserve":
@@ -140,7 +150,7 @@ def _target_size(size: Size, spec: ResizeSpec, *, seed: int, content_id: str) ->
     if spec.crop_aspect == "closest":
         # Distance between shapes, not between numbers: 2:1 is as far from 1:1 as 1:2 is.
         return bucket_size(min((abs(math.log(c.aspect / own_aspect)), c.aspect) for c in offered)[1], spec)
-    point = draw_unit(seed, "aspect", content_id) * sum(choice.weight for choice in offered)
+    point = draw_unit(seed, "aspect", key) * sum(choice.weight for choice in offered)
     for choice in offered:
         point -= choice.weight
         if point < 0:
@@ -153,14 +163,15 @@ def _enlargement(size: Size, target: Size) -> float:
 
 
 def _crop_position(
-    intermediary: Size, target: Size, style: CropStyle, *, seed: int, content_id: str
+    intermediary: Size, target: Size, style: CropStyle, *, seed: int, key: str, pass_number: int
 ) -> tuple[int, int]:
     spare_x, spare_y = intermediary[0] - target[0], intermediary[1] - target[1]
     if style == "corner":
         return 0, 0
     if style == "center":
         return spare_x // 2, spare_y // 2
-    return draw(seed, "crop x", content_id) % (spare_x + 1), draw(seed, "crop y", content_id) % (spare_y + 1)
+    visit = (pass_number,) if pass_number else ()
+    return draw(seed, "crop x", key, *visit) % (spare_x + 1), draw(seed, "crop y", key, *visit) % (spare_y + 1)
 
 
 def _divide_rounded(dividend: int, divisor: int) -> int:

@@ -7,6 +7,7 @@ state. The same inputs give the same answer on every platform and Python version
 from __future__ import annotations
 
 import hashlib
+import struct
 
 _DIGEST_BYTES = 16
 
@@ -31,10 +32,19 @@ def draw_unit(*parts: str | int) -> float:
     return (draw(*parts) >> 11) * 2.0**-53
 
 
+def draw_many(count: int, *parts: str | int) -> tuple[int, ...]:
+    """`count` independent uniform integers in [0, 2**64), a function of `parts` alone; more of them begin alike."""
+    return struct.unpack(f">{count}Q", hashlib.shake_128(_encoded(parts)).digest(8 * count))
+
+
 def _digest(parts: tuple[str | int, ...], size: int) -> bytes:
-    hasher = hashlib.blake2b(digest_size=size)
+    return hashlib.blake2b(_encoded(parts), digest_size=size).digest()
+
+
+def _encoded(parts: tuple[str | int, ...]) -> bytes:
+    """Different parts, different bytes."""
+    pieces: list[bytes] = []
     for part in parts:
-        encoded = str(part).encode("utf-8", "surrogatepass")
-        hasher.update(b"%c%d:" % (b"i" if isinstance(part, int) else b"s", len(encoded)))
-        hasher.update(encoded)
-    return hasher.digest()
+        text = str(part).encode("utf-8", "surrogatepass")
+        pieces += b"%c%d:" % (b"i" if isinstance(part, int) else b"s", len(text)), text
+    return b"".join(pieces)

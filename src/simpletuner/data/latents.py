@@ -27,8 +27,9 @@ from simpletuner.data.discovery import Progress, learn_contents, reason_of, reme
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.image_index import open_index
 from simpletuner.data.images import UnreadableImageError, cut, decode, without_decoder_warnings
-from simpletuner.data.records import Geometry, Plan, Sample, Size
+from simpletuner.data.records import TOLD, Geometry, ImageRecord, Plan, Sample, Size
 from simpletuner.data.storage import ChangedFileError, FileInfo, Storage
+from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.store import TensorStore, Writer
 from simpletuner.data.workers import in_order, process_pool, thread_pool
 from simpletuner.problems import DatasetError, Problem
@@ -64,6 +65,10 @@ class LatentSource:
     id: str
     """The `id` of what `open` returns, known without loading it."""
     open: Callable[[], LatentEncoder]
+
+
+class OtherSizeError(OSError):
+    """An image has not the size that a table tells."""
 
 
 class PlanAgainError(Exception):
@@ -136,16 +141,20 @@ def learn_latent_keys(
     with open_index(cache_dir) as index:
         for storage in {dataset.storage.id: dataset.storage for dataset in plan.datasets}.values():
             files = wanted[storage.id]
-            contents[storage.id], failed = learn_contents(
-                storage,
-                [files[key] for key in sorted(files)],
-                index,
-                on_progress=partial(_report, on_progress, before, total),
-                max_workers=max_workers,
-            )
+            try:
+                contents[storage.id], failed = learn_contents(
+                    storage,
+                    [files[key] for key in sorted(files)],
+                    index,
+                    on_progress=partial(_report, on_progress, before, total),
+                    max_workers=max_workers,
+                )
+            except StorageError as error:
+                users = [dataset.id for dataset in plan.datasets if dataset.storage.id == storage.id]
+                raise DatasetError([*problems, error.problem(users[0])]) from error
             before += len(files)
             problems += _failure_problems(
-                [_BadImage(storage=storage, file=files[key], error=failed[key]) for key in failed]
+                [_BadImage(dataset_id="", storage=storage, file=files[key], error=failed[key]) for key in failed]
             )
     if problems:
         raise DatasetError(problems)
@@ -213,11 +222,13 @@ def cache_latents(
 
 @dataclass(frozen=True, kw_only=True)
 class _Picture:
-    """One image to decode, as a worker takes it."""
+    """One image to decode, as a worker takes it. `told` is the size that a table tells."""
 
+    dataset_id: str
     storage: Storage
     file: FileInfo
     geometry: Geometry
+    told: Size | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +244,7 @@ class _Job:
 class _BadImage:
     """A file that gave no picture: `UnreadableImageError` if it is no whole image, else what reading it said."""
 
+    dataset_id: str
     storage: Storage
     file: FileInfo
     error: UnreadableImageError | OSError
@@ -267,7 +279,14 @@ def _jobs(
 
 
 def _task(sample: Sample, storages: Mapping[str, Storage]) -> _Picture:
-    return _Picture(storage=storages[sample.dataset_id], file=sample.record.file, geometry=sample.geometry)
+    record = sample.record
+    return _Picture(
+        dataset_id=sample.dataset_id,
+        storage=storages[sample.dataset_id],
+        file=record.file,
+        geometry=sample.geometry,
+        told=told_size(record),
+    )
 
 
 def _encode(
@@ -298,6 +317,7 @@ def _encode(
             pictures = [result for result in results if not isinstance(result, _BadImage)]
             if len(pictures) < len(results):
                 bad += [result for result in results if isinstance(result, _BadImage)]
+                _stop_without_storage(bad)
                 continue
             done += sum(key not in job.store for key in job.keys)
             _encode_job(job, pictures, encoder, writers[job.store])
@@ -307,9 +327,32 @@ def _encode(
 
 def _decode(picture: _Picture) -> Pixels | _BadImage:
     try:
-        return cut(decode(picture.storage.read(picture.file)), picture.geometry)
+        return pixels_of(picture.storage.read(picture.file), picture.geometry, told=picture.told)
     except (UnreadableImageError, OSError) as error:
-        return _BadImage(storage=picture.storage, file=picture.file, error=error)
+        return _BadImage(dataset_id=picture.dataset_id, storage=picture.storage, file=picture.file, error=error)
+
+
+def pixels_of(data: bytes, geometry: Geometry, *, told: Size | None) -> Pixels:
+    """Return the training picture of an image file; `told` is the size that a table tells.
+
+    Raises: UnreadableImageError. OtherSizeError: a table was wrong.
+    """
+    image = decode(data)
+    if told is not None and image.size != told:
+        raise OtherSizeError(0, f"{image.size[0]}x{image.size[1]}, not {told[0]}x{told[1]}")
+    return cut(image, geometry)
+
+
+def told_size(record: ImageRecord) -> Size | None:
+    """The size of an image, if a table told it."""
+    return record.size if record.traits == TOLD else None
+
+
+def _stop_without_storage(bad: Sequence[_BadImage]) -> None:
+    """Raise DatasetError if it is not single images that fail but the storage."""
+    for item in bad:
+        if isinstance(item.error, StorageError):
+            raise DatasetError(item.error.problem(item.dataset_id)) from item.error
 
 
 def _settle(bad: Sequence[_BadImage], cache_dir: Path) -> None:
@@ -350,13 +393,18 @@ def _failure_problems(bad: Sequence[_BadImage]) -> list[Problem]:
     """What to tell of files that could not be read."""
     problems: list[Problem] = []
     changed = [item.storage.shown(item.file.key) for item in bad if isinstance(item.error, ChangedFileError)]
-    failed = [item for item in bad if not isinstance(item.error, ChangedFileError)]
+    other_sizes = [item for item in bad if isinstance(item.error, OtherSizeError)]
+    failed = [item for item in bad if not isinstance(item.error, (ChangedFileError, OtherSizeError))]
     if failed:
         names = [f"{item.file.key} ({reason_of(item.error)})" for item in failed]
         params = {"count": len(names), "folder": failed[0].storage.id, "files": ", ".join(names)}
         problems.append(Problem(code="E-IMAGE-UNREADABLE", params=params))
     if changed:
         problems.append(Problem(code="E-IMAGE-CHANGED", params={"count": len(changed), "files": ", ".join(changed)}))
+    if other_sizes:
+        names = [f"{item.storage.shown(item.file.key)} ({reason_of(item.error)})" for item in other_sizes]
+        params = {"id": other_sizes[0].dataset_id, "count": len(names), "files": ", ".join(names)}
+        problems.append(Problem(code="E-TABLE-SIZE", params=params))
     return problems
 
 

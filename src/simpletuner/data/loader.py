@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from typing import Protocol
 
 from torch import Tensor
@@ -35,7 +35,7 @@ class Masks(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch of one rank. All samples are of one dataset and one bucket."""
+    """One micro-batch of one rank. All samples are of one dataset, and of one bucket unless it is packed."""
 
     latents: tuple[Tensor, ...]
     """One [C, h, w] float32 CPU tensor per sample, scaled as the transformer wants them. Shared: never write to one."""
@@ -57,7 +57,7 @@ def iterate_batches(
     prefetch: int = 4,
     masks: Masks | None = None,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches `start`, `start` + 1, ... without end.
+    """Yield this rank's micro-batches `start`, `start` + 1, ... without end, or until no dataset takes part any more.
 
     Up to `prefetch` batches are read ahead in one thread (0: none). What that thread raises is raised here, at the
     batch it belongs to. Closing the iterator, or dropping it, ends the thread.
@@ -77,16 +77,17 @@ def iterate_batches(
             weights=None if masks is None else masks.weights(samples, index, rank),
         )
 
-    return map(load, count(start)) if prefetch == 0 else _ahead(load, start, prefetch)
+    indices = count(start) if sampler.num_batches is None else iter(range(start, sampler.num_batches))
+    return map(load, indices) if prefetch == 0 else _ahead(load, indices, prefetch)
 
 
-def _ahead(load: Callable[[int], Batch], start: int, prefetch: int) -> Iterator[Batch]:
+def _ahead(load: Callable[[int], Batch], indices: Iterator[int], prefetch: int) -> Iterator[Batch]:
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        pending = deque(pool.submit(load, index) for index in range(start, start + prefetch))
+        pending = deque(pool.submit(load, index) for index in islice(indices, prefetch))
         try:
-            for index in count(start + prefetch):
+            while pending:
                 batch = pending.popleft().result()
-                pending.append(pool.submit(load, index))
+                pending.extend(pool.submit(load, index) for index in islice(indices, 1))
                 yield batch
         finally:
             for future in pending:

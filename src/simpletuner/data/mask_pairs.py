@@ -13,18 +13,11 @@ from pathlib import Path
 
 from simpletuner.data.discovery import Progress, Scan, scan
 from simpletuner.data.image_index import open_index
-from simpletuner.data.plan import listing_problem, shown_names
+from simpletuner.data.plan import list_storages, shown_names
 from simpletuner.data.records import DatasetPlan, ImageRecord, Plan, Size
+from simpletuner.data.spec import DatasetSpec
 from simpletuner.data.storage import FileInfo, Storage, Unreadable
 from simpletuner.problems import DatasetError, Problem
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskSpec:
-    """A dataset of masks."""
-
-    id: str
-    storage: Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +30,7 @@ class MaskFiles:
 
 def pair_masks(
     plan: Plan,
-    specs: Mapping[str, MaskSpec],
+    specs: Mapping[str, DatasetSpec],
     *,
     cache_dir: Path,
     on_progress: Progress,
@@ -46,24 +39,20 @@ def pair_masks(
     """Find the mask of every image of the plan, of the datasets that have masks.
 
     Args:
-        specs: id of a dataset -> the masks of its images.
+        specs: id of a dataset -> that of the masks of its images.
         cache_dir: where the index of known images is.
         on_progress: called with (masks looked at, masks found), of one storage after the other.
     Returns: by id of the dataset.
     Raises: DatasetError: masks that are missing, twice there, unreadable or of another shape, every one of them named.
     """
     problems: list[Problem] = []
-    scans: dict[str, Scan] = {}
+    storages = {spec.storage.id: spec.storage for spec in specs.values()}
+    listings = list_storages(tuple(specs.values()), problems, cache_dir)
     with open_index(cache_dir) as index:
-        for spec in {spec.storage.id: spec for spec in specs.values()}.values():
-            try:
-                listing = spec.storage.list_files()
-            except OSError as error:
-                problems.append(listing_problem(spec.id, spec.storage, error))
-                continue
-            scans[spec.storage.id] = scan(
-                spec.storage, listing, index, on_progress=on_progress, max_workers=max_workers
-            )
+        scans = {
+            name: scan(storages[name], listing, index, on_progress=on_progress, max_workers=max_workers)
+            for name, listing in listings.items()
+        }
     found: dict[str, MaskFiles] = {}
     for dataset in plan.datasets:
         mask_spec = specs.get(dataset.id)
@@ -79,7 +68,7 @@ def pair_masks(
 class _Pairs:
     """The images of one dataset and what is there for each."""
 
-    def __init__(self, dataset: DatasetPlan, spec: MaskSpec, found: Scan) -> None:
+    def __init__(self, dataset: DatasetPlan, spec: DatasetSpec, found: Scan) -> None:
         self._dataset_id, self._spec = dataset.id, spec
         by_stem: dict[str, list[ImageRecord | Unreadable]] = defaultdict(list)
         for record in found.records:

@@ -13,10 +13,19 @@ from torch import Tensor
 from simpletuner.data.discovery import known_contents
 from simpletuner.data.hashing import content_hash
 from simpletuner.data.image_index import Known, open_index
-from simpletuner.data.images import UnreadableImageError, cut, decode, without_decoder_warnings
-from simpletuner.data.latents import HOLD_UP_TO_BYTES, LatentSource, encode_pixels, latent_key
+from simpletuner.data.images import UnreadableImageError, without_decoder_warnings
+from simpletuner.data.latents import (
+    HOLD_UP_TO_BYTES,
+    LatentSource,
+    OtherSizeError,
+    encode_pixels,
+    latent_key,
+    pixels_of,
+    told_size,
+)
 from simpletuner.data.records import DatasetPlan, Sample
 from simpletuner.data.storage import Storage
+from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.store import TensorStore, Writer
 from simpletuner.problems import DatasetError, Problem
 
@@ -38,8 +47,8 @@ class OnDemandLatents(AbstractContextManager["OnDemandLatents"]):
     ) -> None:
         """
         Args:
-            directories: the cache directories of the datasets that keep their latents on disk; those of the others
-                stay in memory, as far as there is room.
+            directories: the cache directories of the datasets that keep their latents on disk. Those of the others
+                stay in memory as far as there is room, unless the dataset takes fresh crops: then they are not kept.
             cache_dir: where the index of known images is.
             write_batch_size: latents per file of a cache; what a killed run loses is at most that, and at most ten
                 seconds' work.
@@ -47,6 +56,7 @@ class OnDemandLatents(AbstractContextManager["OnDemandLatents"]):
         self._source = source
         self._cache_dir = cache_dir
         self._storages: dict[str, Storage] = {dataset.id: dataset.storage for dataset in datasets}
+        self._passing = frozenset(dataset.id for dataset in datasets if dataset.takes_fresh_crops)
         self._contents: dict[str, dict[str, str]] = {}
         with open_index(cache_dir) as index:
             for dataset in datasets:
@@ -87,13 +97,15 @@ class OnDemandLatents(AbstractContextManager["OnDemandLatents"]):
             if found is not None:
                 return found
             with without_decoder_warnings():
-                pixels = cut(decode(storage.read(file) if data is None else data), sample.geometry)
+                data = storage.read(file) if data is None else data
+                pixels = pixels_of(data, sample.geometry, told=told_size(sample.record))
         except (UnreadableImageError, OSError) as error:
             raise self._broken(storage, sample, error) from error
         (latent,) = encode_pixels([pixels], self._source.open(), [storage.shown(file.key)])
         if sample.dataset_id in self._writers:
             self._writers[sample.dataset_id][1].put(key, latent)
-        self._hold(key, latent)
+        if sample.dataset_id not in self._passing:
+            self._hold(key, latent)
         return latent
 
     def _learn(self, sample: Sample, storage: Storage, content_id: str) -> str:
@@ -126,7 +138,14 @@ class OnDemandLatents(AbstractContextManager["OnDemandLatents"]):
     def _broken(self, storage: Storage, sample: Sample, error: UnreadableImageError | OSError) -> DatasetError:
         """Tell of an image that gave no picture; one that is broken is known as such from now on."""
         file = sample.record.file
+        if isinstance(error, StorageError):
+            return DatasetError(error.problem(sample.dataset_id))
         params = {"id": sample.dataset_id, "file": storage.shown(file.key), "reason": str(error)}
+        if isinstance(error, OtherSizeError):
+            files = f"{params['file']} ({error.strerror})"
+            return DatasetError(
+                Problem(code="E-TABLE-SIZE", params={"id": sample.dataset_id, "count": 1, "files": files})
+            )
         if isinstance(error, OSError):
             return DatasetError(Problem(code="E-IMAGE-GONE", params=params))
         row = Known(size_bytes=file.size_bytes, version=file.version, size=(0, 0), reason=str(error))

@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from simpletuner.data.batching import TooFew, settle
 from simpletuner.data.captions import BadCaption, CaptionFault, lacks_instance_prompt, needs_texts, read_captions
 from simpletuner.data.discovery import Progress, Scan, read_texts, scan
 from simpletuner.data.geometry import fit
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.image_index import ImageIndex, open_index
+from simpletuner.data.listings import keep_listing, kept_listing
 from simpletuner.data.records import (
     Bucket,
+    BucketSize,
     DatasetPlan,
     Dropped,
     DropReason,
@@ -28,8 +32,11 @@ from simpletuner.data.records import (
     Sample,
     Size,
 )
-from simpletuner.data.spec import DatasetSpec
-from simpletuner.data.storage import EXTENSIONS, Listing, Storage, Unreadable
+from simpletuner.data.spec import DatasetSpec, Sampling
+from simpletuner.data.storage import EXTENSIONS, Listing, LocalStorage, Storage, Unreadable
+from simpletuner.data.storages.errors import StorageError
+from simpletuner.data.storages.urls import UrlStorage
+from simpletuner.data.tables import TableRow
 from simpletuner.problems import DatasetError, Fix, Problem, Severity
 
 _NAMES_IN_A_MESSAGE = 100
@@ -37,6 +44,8 @@ _FAULT_CODES = {
     CaptionFault.MISSING: "E-CAPTION-MISSING",
     CaptionFault.EMPTY: "E-CAPTION-EMPTY",
     CaptionFault.ENCODING: "E-CAPTION-ENCODING",
+    CaptionFault.FILTERED: "E-CAPTION-FILTERED",
+    CaptionFault.NO_ROW: "E-CAPTION-ROW",
 }
 
 
@@ -48,6 +57,7 @@ def build_plan(
     cache_dir: Path,
     on_progress: Progress,
     max_workers: int | None = None,
+    sampling: Sampling = "auto-weighting",
 ) -> Plan:
     """Scan every dataset and return what a run will train on.
 
@@ -58,23 +68,24 @@ def build_plan(
         cache_dir: where the index of known images is kept.
         on_progress: called with (images looked at, images found), over all datasets.
         max_workers: processes that read images; None: as many as are useful.
+        sampling: what a dataset's share of the batches follows.
     Raises: DatasetError with every problem of every dataset.
     """
     problems: list[Problem] = []
-    listings = _list_storages(specs, problems)
+    listings = list_storages(specs, problems, cache_dir)
+    tables = _read_tables(specs, listings, problems)
     datasets: list[DatasetPlan] = []
     with open_index(cache_dir) as index:
-        scans = _scan_storages(specs, listings, index, on_progress, max_workers)
-        texts: dict[str, Mapping[str, bytes]] = {}
-        for spec in specs:
-            scan_of = scans.get(spec.storage.id)
-            if scan_of is not None and needs_texts(spec.captions) and spec.storage.id not in texts:
-                texts[spec.storage.id] = read_texts(scan_of, index, max_workers=max_workers)
+        scans = _scan_storages(specs, listings, tables, index, problems, on_progress, max_workers)
+        texts = _read_texts(specs, scans, index, problems, max_workers)
     problems += _unreadable_problems(specs, scans)
     for spec in specs:
-        if spec.storage.id in scans:
+        place = spec.storage.id
+        has_table = spec.table is None or spec.id in tables
+        has_texts = not needs_texts(spec.captions) or place in texts
+        if place in scans and has_table and has_texts:
             found = _plan_dataset(
-                spec, scans[spec.storage.id], texts.get(spec.storage.id, {}), seed=seed, batch_size=batch_size
+                spec, scans[place], texts.get(place, {}), tables.get(spec.id, {}), seed=seed, batch_size=batch_size
             )
             if isinstance(found, DatasetPlan):
                 datasets.append(found)
@@ -84,18 +95,31 @@ def build_plan(
         problems.append(Problem(code="E-DATASET-NONE", params={"count": len(specs)}))
     if problems:
         raise DatasetError(problems)
-    return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets))
+    return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets, sampling), sampling=sampling)
+
+
+def has_kept_listing(spec: DatasetSpec, cache_dir: Path) -> bool:
+    """Whether the storage of a dataset will not be listed again."""
+    return spec.keeps_listing and kept_listing(spec.storage, cache_dir) is not None
 
 
 def folder_problems(specs: Sequence[DatasetSpec]) -> list[Problem]:
-    """What a listing tells without reading a file: a place that is missing, closed or without images."""
+    """What local listings and tables tell without reading an image, and without a network: a folder that is missing,
+    closed or without images, a table that is missing or lacks a column."""
     problems: list[Problem] = []
-    listings = _list_storages(specs, problems)
+    listings = list_storages([spec for spec in specs if isinstance(spec.storage, LocalStorage)], problems)
     empty = {name: listing for name, listing in listings.items() if not listing.images}
     for spec in specs:
         listing = empty.pop(spec.storage.id, None)
         if listing is not None:
             problems.append(_empty_problem(spec, listing))
+        try:
+            if isinstance(spec.storage, UrlStorage):
+                spec.storage.check()
+            if spec.table is not None:
+                spec.table.check()
+        except StorageError as error:
+            problems.append(error.problem(spec.id))
     return problems
 
 
@@ -108,52 +132,102 @@ def unreadable_warnings(plan: Plan) -> list[Problem]:
     ]
 
 
-def minimum_repeats(num_images: int, batch_size: int) -> int:
-    """The smallest `repeats` with which `num_images` of one bucket fill a batch."""
-    return -(-batch_size // num_images) - 1
-
-
-def _list_storages(specs: Sequence[DatasetSpec], problems: list[Problem]) -> dict[str, Listing]:
-    """List each storage once, though several datasets may use it."""
+def list_storages(
+    specs: Sequence[DatasetSpec], problems: list[Problem], cache_dir: Path | None = None
+) -> dict[str, Listing]:
+    """List each storage once, though several datasets may use it. Kept listings are in `cache_dir`."""
     listings: dict[str, Listing] = {}
     failed: set[str] = set()
     for spec in specs:
         name = spec.storage.id
         if name in listings or name in failed:
             continue
+        keeps = cache_dir is not None and spec.keeps_listing
+        kept = kept_listing(spec.storage, cache_dir) if cache_dir is not None and keeps else None
         try:
-            listings[name] = spec.storage.list_files()
+            listings[name] = spec.storage.list_files() if kept is None else kept
+            if kept is None and keeps and cache_dir is not None:
+                keep_listing(spec.storage, listings[name], cache_dir)
         except OSError as error:
             failed.add(name)
-            problems.append(listing_problem(spec.id, spec.storage, error))
+            problems.append(_listing_problem(spec, error))
     return listings
 
 
-def listing_problem(dataset_id: str, storage: Storage, error: OSError) -> Problem:
-    """What to tell of a storage that cannot be listed."""
-    name = storage.id
+def _listing_problem(spec: DatasetSpec, error: OSError) -> Problem:
+    name = spec.storage.id
+    if isinstance(error, StorageError):
+        return error.problem(spec.id)
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return Problem(code="E-DATASET-FOLDER-MISSING", params={"id": dataset_id, "folder": name})
-    params = {"id": dataset_id, "folder": str(error.filename or name), "reason": error.strerror or str(error)}
+        return Problem(code="E-DATASET-FOLDER-MISSING", params={"id": spec.id, "folder": name})
+    params = {"id": spec.id, "folder": str(error.filename or name), "reason": error.strerror or str(error)}
     return Problem(code="E-DATASET-FOLDER-UNREADABLE", params=params)
+
+
+def _read_tables(
+    specs: Sequence[DatasetSpec], listings: Mapping[str, Listing], problems: list[Problem]
+) -> dict[str, Mapping[str, TableRow]]:
+    """What the tables say of the listed images, by dataset."""
+    found: dict[str, Mapping[str, TableRow]] = {}
+    for spec in specs:
+        listing = listings.get(spec.storage.id)
+        if spec.table is None or listing is None:
+            continue
+        try:
+            found[spec.id] = spec.table.rows([file.key for file in listing.images])
+        except StorageError as error:
+            problems.append(error.problem(spec.id))
+    return found
 
 
 def _scan_storages(
     specs: Sequence[DatasetSpec],
     listings: Mapping[str, Listing],
+    tables: Mapping[str, Mapping[str, TableRow]],
     index: ImageIndex,
+    problems: list[Problem],
     on_progress: Progress,
     max_workers: int | None,
 ) -> dict[str, Scan]:
-    storages = {spec.storage.id: spec.storage for spec in specs}
     total = sum(len(listing.images) for listing in listings.values())
     scans: dict[str, Scan] = {}
     before = 0
-    for name, listing in listings.items():
+    for place, listing in listings.items():
+        users = [spec for spec in specs if spec.storage.id == place]
+        storage = users[0].storage
         progress = partial(_report, on_progress, before, total)
-        scans[name] = scan(storages[name], listing, index, on_progress=progress, max_workers=max_workers)
+        told = _told_sizes(users, tables)
+        try:
+            scans[place] = scan(storage, listing, index, on_progress=progress, max_workers=max_workers, told=told)
+        except StorageError as error:
+            problems.append(error.problem(users[0].id))
         before += len(listing.images)
     return scans
+
+
+def _told_sizes(users: Sequence[DatasetSpec], tables: Mapping[str, Mapping[str, TableRow]]) -> dict[str, Size]:
+    """The sizes of a storage's images that a table tells to one of the datasets which use it, if all believe it."""
+    if not all(spec.takes_sizes and spec.id in tables for spec in users):
+        return {}
+    return {key: row.size for spec in users for key, row in tables[spec.id].items() if row.size is not None}
+
+
+def _read_texts(
+    specs: Sequence[DatasetSpec],
+    scans: Mapping[str, Scan],
+    index: ImageIndex,
+    problems: list[Problem],
+    max_workers: int | None,
+) -> dict[str, Mapping[str, bytes]]:
+    """The caption files by storage, where they are wanted."""
+    texts: dict[str, Mapping[str, bytes]] = {}
+    wanted = {spec.storage.id: spec for spec in reversed(specs) if needs_texts(spec.captions)}
+    for place in (place for place in scans if place in wanted):
+        try:
+            texts[place] = read_texts(scans[place], index, max_workers=max_workers)
+        except StorageError as error:
+            problems.append(error.problem(wanted[place].id))
+    return texts
 
 
 def _report(on_progress: Progress, before: int, total: int, done: int, _total_of_storage: int) -> None:
@@ -161,7 +235,13 @@ def _report(on_progress: Progress, before: int, total: int, done: int, _total_of
 
 
 def _plan_dataset(
-    spec: DatasetSpec, found: Scan, texts: Mapping[str, bytes], *, seed: int, batch_size: int
+    spec: DatasetSpec,
+    found: Scan,
+    texts: Mapping[str, bytes],
+    rows: Mapping[str, TableRow],
+    *,
+    seed: int,
+    batch_size: int,
 ) -> DatasetPlan | list[Problem]:
     if lacks_instance_prompt(spec.captions):
         return [Problem(code="E-CAPTION-NO-INSTANCE-PROMPT", params={"id": spec.id})]
@@ -173,7 +253,7 @@ def _plan_dataset(
     by_size: dict[Size, list[Sample]] = defaultdict(list)
     bad_captions: list[BadCaption] = []
     for record, geometry in used:
-        captions = read_captions(record.key, spec.captions, texts)
+        captions = read_captions(record.key, spec.captions, texts, rows)
         if isinstance(captions, BadCaption):
             bad_captions.append(captions)
             continue
@@ -186,13 +266,18 @@ def _plan_dataset(
         for size, samples in sorted(by_size.items())
     )
     batch_size = spec.train_batch_size or batch_size
-    short = [bucket for bucket in buckets if len(bucket.samples) * (spec.repeats + 1) < batch_size]
-    if short:
-        return [_no_batch_problem(spec, buckets, short, batch_size)]
+    settled = settle(buckets, spec, batch_size)
+    if isinstance(settled, TooFew):
+        return [_no_batch_problem(spec, buckets, settled, batch_size)]
+    dropped += [
+        Dropped(key=sample.record.key, reason=DropReason.SHORT_BUCKET)
+        for bucket in settled.pruned
+        for sample in bucket.samples
+    ]
     return DatasetPlan(
         id=spec.id,
         storage=spec.storage,
-        buckets=buckets,
+        buckets=settled.buckets,
         repeats=spec.repeats,
         probability=spec.probability,
         is_regularisation=spec.is_regularisation_data,
@@ -200,6 +285,11 @@ def _plan_dataset(
         dropped=tuple(dropped),
         unreadable=found.unreadable,
         batch_size=spec.train_batch_size,
+        batch_mixing=spec.batch_mixing,
+        takes_fresh_crops=spec.takes_fresh_crops,
+        schedule=spec.schedule,
+        filled=settled.filled,
+        pruned=tuple(BucketSize(size=bucket.size, num_images=len(bucket.samples)) for bucket in settled.pruned),
     )
 
 
@@ -209,7 +299,7 @@ def _select(
     used: list[tuple[ImageRecord, Geometry]] = []
     dropped: list[Dropped] = []
     for record in records:
-        result = fit(record.size, spec.resize, seed=seed, content_id=record.key)
+        result = fit(record.size, spec.resize, seed=seed, key=record.key)
         if isinstance(result, DropReason):
             dropped.append(Dropped(key=record.key, reason=result))
         else:
@@ -222,10 +312,25 @@ def _select(
     return used, dropped
 
 
-def _fingerprint(datasets: Sequence[DatasetPlan]) -> str:
+def _settings(dataset: DatasetPlan) -> list[object]:
+    """What decides how the images of a dataset are used."""
+    return [
+        dataset.id,
+        dataset.repeats,
+        dataset.probability,
+        dataset.is_regularisation,
+        dataset.caption_dropout_probability,
+        dataset.batch_size,
+        dataset.batch_mixing,
+        dataset.takes_fresh_crops,
+        asdict(dataset.schedule),
+    ]
+
+
+def _fingerprint(datasets: Sequence[DatasetPlan], sampling: Sampling) -> str:
     content = [
         [
-            [d.id, d.repeats, d.probability, d.is_regularisation, d.caption_dropout_probability, d.batch_size],
+            _settings(d),
             [
                 [*_identity(s.record), s.geometry.target, s.geometry.intermediary, s.geometry.crop, s.captions]
                 for bucket in d.buckets
@@ -234,7 +339,7 @@ def _fingerprint(datasets: Sequence[DatasetPlan]) -> str:
         ]
         for d in datasets
     ]
-    return stable_hash("plan 2", json.dumps(content, separators=(",", ":")))
+    return stable_hash("plan 3", sampling, json.dumps(content, separators=(",", ":")))
 
 
 def _identity(record: ImageRecord) -> tuple[str, Size, int]:
@@ -245,10 +350,7 @@ def _identity(record: ImageRecord) -> tuple[str, Size, int]:
 def plan_parts(plan: Plan) -> PlanParts:
     """What the fingerprint of a plan is made of, each thing for itself: to say what has changed between two plans."""
     samples = [[s for bucket in d.buckets for s in bucket.samples] for d in plan.datasets]
-    settings = [
-        [d.id, d.repeats, d.probability, d.is_regularisation, d.caption_dropout_probability, d.batch_size]
-        for d in plan.datasets
-    ]
+    settings = [plan.sampling, *map(_settings, plan.datasets)]
 
     def fingerprint(*content: object) -> str:
         return stable_hash("plan part 2", json.dumps(content, separators=(",", ":")))
@@ -327,25 +429,23 @@ def _caption_problems(spec: DatasetSpec, bad: Sequence[BadCaption]) -> list[Prob
     for fault, code in _FAULT_CODES.items():
         paths = [spec.storage.shown(item.key) for item in bad if item.fault is fault]
         if paths:
-            params = {"id": spec.id, "count": len(paths), "files": shown_names(paths)}
+            table = spec.table.shown if spec.table is not None else "-"
+            params = {"id": spec.id, "count": len(paths), "files": shown_names(paths), "table": table}
             problems.append(Problem(code=code, params=params))
     return problems
 
 
-def _no_batch_problem(
-    spec: DatasetSpec, buckets: Sequence[Bucket], short: Sequence[Bucket], batch_size: int
-) -> Problem:
-    needed = minimum_repeats(min(len(bucket.samples) for bucket in short), batch_size)
-    return Problem(
-        code="E-DATASET-NO-BATCH",
-        params={
-            "id": spec.id,
-            "samples": sum(len(bucket.samples) for bucket in buckets),
-            "buckets": len(buckets),
-            "short": shown_names([f"{b.size[0]}x{b.size[1]}: {len(b.samples)}" for b in short]),
-            "repeats": spec.repeats,
-            "batch_size": batch_size,
-            "minimum_repeats": needed,
-        },
-        fixes=[Fix(key="repeats", value=needed)],
-    )
+def _no_batch_problem(spec: DatasetSpec, buckets: Sequence[Bucket], few: TooFew, batch_size: int) -> Problem:
+    params: dict[str, object] = {
+        "id": spec.id,
+        "samples": sum(len(bucket.samples) for bucket in buckets),
+        "buckets": len(buckets),
+        "short": shown_names([f"{b.size[0]}x{b.size[1]}: {b.num_images}" for b in few.short]),
+        "repeats": spec.repeats,
+        "batch_size": batch_size,
+        "minimum_repeats": few.minimum_repeats,
+    }
+    fixes = (Fix(key="repeats", value=few.minimum_repeats),)
+    if spec.batch_mixing == "packed":
+        return Problem(code="E-DATASET-NO-BATCH-PACKED", params=params, fixes=fixes)
+    return Problem(code="E-DATASET-NO-BATCH", params=params, fixes=(*fixes, Fix(key="batch_mixing", value="packed")))

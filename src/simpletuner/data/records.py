@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from simpletuner.data.spec import BatchMixing, Sampling, Schedule
 from simpletuner.data.storage import FileInfo, Storage, Unreadable
 
 Size = tuple[int, int]
@@ -18,6 +19,7 @@ Trait = Literal["alpha", "animated", "cmyk", "deep", "grey", "palette", "profile
 alpha: it has transparency. animated: several frames or pages, of which the first is used. deep: 16 bits and more per
 channel. profile: a colour profile other than sRGB. rotated: its pixels are stored turned or mirrored (EXIF).
 """
+TOLD = "told"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,12 +32,12 @@ class ImageHeader:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRecord:
-    """One image file, known from its header."""
+    """One image file, known from its header or from a table."""
 
     file: FileInfo
     size: Size
     traits: str = ""
-    """The `Trait`s of its header, sorted, with spaces between them."""
+    """The `Trait`s of its header, sorted, with spaces between them; `TOLD` if a table told its size instead."""
 
     @property
     def key(self) -> str:
@@ -73,6 +75,14 @@ class Bucket:
     samples: tuple[Sample, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BucketSize:
+    """How many images one bucket holds."""
+
+    size: Size
+    num_images: int
+
+
 class DropReason(str, Enum):
     """Why a readable image is not used. Each follows from an option of the dataset."""
 
@@ -80,6 +90,7 @@ class DropReason(str, Enum):
     ASPECT = "aspect"
     UPSCALE = "upscale"
     LIMIT = "limit"
+    SHORT_BUCKET = "short_bucket"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +118,14 @@ class DatasetPlan:
     """Files that are named like images and cannot be used."""
     batch_size: int | None = None
     """Samples of one micro-batch of this dataset; None: the run's."""
+    batch_mixing: BatchMixing = "bucket"
+    takes_fresh_crops: bool = False
+    """Its random crops are others in every pass through it."""
+    schedule: Schedule = field(default_factory=Schedule)
+    filled: tuple[BucketSize, ...] = ()
+    """Buckets that are shown more often than `repeats` says, because they cannot fill a batch."""
+    pruned: tuple[BucketSize, ...] = ()
+    """Buckets that were left out because they cannot; their images are among `dropped`."""
 
     @property
     def num_images(self) -> int:
@@ -125,6 +144,8 @@ class Plan:
     datasets: tuple[DatasetPlan, ...]
     fingerprint: str
     """Changes when something changes that training can see. Of the images it knows names and headers."""
+    sampling: Sampling = "auto-weighting"
+    """What a dataset's share of the batches follows."""
 
     def samples(self) -> tuple[Sample, ...]:
         """All samples of all datasets, in plan order."""
@@ -148,4 +169,4 @@ class PlanParts:
     crops: str
     """Target sizes, resizing, crops."""
     datasets: str
-    """Names, repeats, probabilities, batch sizes, dropped captions, regularisation."""
+    """All else: names, repeats, shares, schedules, batches, dropped captions, regularisation."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import singledispatchmethod
 from pathlib import Path
@@ -28,6 +28,7 @@ _BANNER_ROWS = ("model", "data", "precision", "device", "estimate", "plan", "val
 
 Icon: TypeAlias = Literal["", "ok", "warning", "error", "saved", "images", "stop"]
 
+_SHORT_BUCKET = "short_bucket"
 _SEVERITIES: Mapping[Severity, tuple[t.Level, Icon]] = {
     Severity.ERROR: ("error", "error"),
     Severity.WARNING: ("warning", "warning"),
@@ -178,11 +179,15 @@ class Narrator:
         if event.num_samples != event.num_images:
             counts.append(plural("samples", event.num_samples, self._language))
         counts.append(plural("buckets", len(event.buckets), self._language))
-        lines = [Line(text=f"{event.dataset}: {', '.join(counts)}")]
+        lines = [Line(text=f"{event.dataset}: {', '.join([*counts, *_schedule(event, self._language)])}")]
         for drop in event.dropped:
             reason = known_text(f"dropped.{drop.reason}", self._language, {}, fallback=drop.reason)
             left_out = plural("dropped", drop.num_images, self._language)
-            lines.append(Line(text=f"{event.dataset}: {left_out}: {reason}", level="warning", icon="warning"))
+            which = f" ({_sizes(event.pruned)})" if drop.reason == _SHORT_BUCKET and event.pruned else ""
+            lines.append(Line(text=f"{event.dataset}: {left_out}: {reason}{which}", level="warning", icon="warning"))
+        if event.filled:
+            filled = text("console.filled", self._language, sizes=_sizes(event.filled))
+            lines.append(Line(text=f"{event.dataset}: {filled}", level="warning", icon="warning"))
         return lines
 
     @_lines.register
@@ -344,6 +349,23 @@ def known_text(key: str, language: str, params: Mapping[str, object], *, fallbac
         return catalog(language).get(key, key)
 
 
+def _schedule(dataset: t.DatasetPlanned, language: str) -> list[str]:
+    """When a dataset takes part, where that is not all the time."""
+    told = (
+        ("console.schedule.start_epoch", dataset.start_epoch if dataset.start_epoch > 1 else None),
+        ("console.schedule.start_step", dataset.start_step if dataset.start_step > 1 else None),
+        ("console.schedule.end_epoch", dataset.end_epoch),
+        ("console.schedule.end_step", dataset.end_step),
+        ("console.schedule.steps_of_epoch", dataset.steps_of_epoch),
+    )
+    return [text(key, language, n=number) for key, number in told if number is not None]
+
+
+def _sizes(buckets: Iterable[t.BucketCount]) -> str:
+    """ "192x320: 1, 320x192: 3"."""
+    return ", ".join(f"{b.width_px}x{b.height_px}: {b.num_samples}" for b in buckets)
+
+
 def _banner(plan: t.RunPlanned, output_dir: str, language: str) -> list[str]:
     """The rows of _BANNER_ROWS; an empty one is left out."""
     device = plan.device_name if plan.device == "cpu" else f"{plan.device_name} ({plan.device})"
@@ -351,7 +373,10 @@ def _banner(plan: t.RunPlanned, output_dir: str, language: str) -> list[str]:
         device += f" · {formats.size(plan.memory_total_bytes, language)}"
     if plan.memory_free_bytes:
         device += f" ({text('console.free', language, size=formats.size(plan.memory_free_bytes, language))})"
-    steps = [f"{plural('steps', plan.total_steps, language)} ({plural('epochs', plan.num_epochs, language)})"]
+    epochs = plural("epochs", plan.num_epochs, language)
+    if plan.steps_per_epoch not in (None, plan.total_steps):
+        epochs = text("console.per_epoch", language, epochs=epochs, n=plan.steps_per_epoch)
+    steps = [f"{plural('steps', plan.total_steps, language)} ({epochs})"]
     if plan.start_step:
         steps.append(text("console.from_step", language, step=plan.start_step))
     if plan.validation_step_interval:

@@ -70,6 +70,7 @@ class RunPlanned(Event):
     num_images: int
     num_buckets: int
     effective_batch_size: int
+    steps_per_epoch: int | None = None  # of the first epoch, rounded up; later ones differ where datasets come and go
     validation_step_interval: int | None = None  # None: no images during training
     validation_num_inference_steps: int | None = None
     validation_guidance: float | None = None  # Z-Image's scale; other programs' is this plus 1
@@ -180,6 +181,14 @@ class DatasetPlanned(Event):
     num_samples: int  # per epoch, with repeats
     buckets: tuple[BucketCount, ...] = ()
     dropped: tuple[DropCount, ...] = ()
+    filled: tuple[BucketCount, ...] = ()  # too few for a batch, so they are shown more often than num_samples says
+    pruned: tuple[BucketCount, ...] = ()  # too few for a batch, so they were left out; they are among `dropped`
+    batch_mixing: str = "bucket"  # or "packed": its batches mix sizes
+    start_epoch: int = 1  # epochs and steps are counted from 1; both ends belong to the schedule
+    start_step: int = 1
+    end_epoch: int | None = None
+    end_step: int | None = None
+    steps_of_epoch: int | None = None  # in every epoch it takes part in so many steps only
 
 
 @dataclass(frozen=True, kw_only=True)

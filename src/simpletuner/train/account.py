@@ -52,28 +52,8 @@ class Account:
     def look_at(self, plan: Plan, total_steps: int, num_tokens: Callable[[str], int] | None = None) -> None:
         """Take the pictures and captions as they are in place of what the options let guess. `num_tokens` of a
         caption, once it is embedded."""
-        counted = num_tokens or _usual_tokens
         batch = self._config.optimizer.train_batch_size
-        lengths = {dataset.id: list(_lengths(dataset, counted)) for dataset in plan.datasets}
-        pictures = [
-            Picture(
-                width_px=bucket.size[0],
-                height_px=bucket.size[1],
-                count=dataset.batch_size or batch,
-                caption_tokens=max(lengths[dataset.id]),
-            )
-            for dataset in plan.datasets
-            for bucket in dataset.buckets
-        ]
-        largest = max(pictures, key=lambda picture: picture.count * picture.tokens)
-        kinds = {padded(length) for found in lengths.values() for length in found}
-        self._observed = Observed(
-            picture=largest,
-            is_mixed=largest.count > 1 and len(kinds) > 1,
-            num_captions=len(plan.prompts()),
-            num_images=sum(dataset.num_images for dataset in plan.datasets),
-            total_steps=total_steps,
-        )
+        self._observed = observe(plan, batch_size=batch, total_steps=total_steps, num_tokens=num_tokens)
 
     def expected(self) -> Estimate:
         """The estimate, as well as it is known by now."""
@@ -131,6 +111,38 @@ class Account:
             step_flops=step_flops(seen).step * seen.accumulation,
             time=format_time(utc_now()),
         )
+
+
+def observe(
+    plan: Plan, *, batch_size: int, total_steps: int, num_tokens: Callable[[str], int] | None = None
+) -> Observed:
+    """What the plan says about memory and time. A packed dataset's largest batch is taken to be one of its largest
+    size alone. `num_tokens` of a caption; None: about as many as its letters tell."""
+    counted = num_tokens or _usual_tokens
+    lengths = {dataset.id: list(_lengths(dataset, counted)) for dataset in plan.datasets}
+    pictures = [
+        Picture(
+            width_px=bucket.size[0],
+            height_px=bucket.size[1],
+            count=dataset.batch_size or batch_size,
+            caption_tokens=max(lengths[dataset.id]),
+        )
+        for dataset in plan.datasets
+        for bucket in dataset.buckets
+    ]
+    largest = max(pictures, key=lambda picture: picture.count * picture.tokens)
+    kinds = {padded(length) for found in lengths.values() for length in found}
+    return Observed(
+        picture=largest,
+        is_mixed=largest.count > 1 and (len(kinds) > 1 or any(map(_mixes_sizes, plan.datasets))),
+        num_captions=len(plan.prompts()),
+        num_images=sum(dataset.num_images for dataset in plan.datasets),
+        total_steps=total_steps,
+    )
+
+
+def _mixes_sizes(dataset: DatasetPlan) -> bool:
+    return dataset.batch_mixing == "packed" and len(dataset.buckets) > 1
 
 
 def _lengths(dataset: DatasetPlan, num_tokens: Callable[[str], int]) -> Iterator[int]:

@@ -25,12 +25,15 @@ class Ending(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """`start_step` updates are done already; the loop goes on to `total_steps`. An interval of 0 means never."""
+    """`start_step` updates are done already; the loop goes on to `total_steps`. An interval of 0 means never.
+
+    epoch_of: number of a micro-batch -> its epoch, both from 0.
+    """
 
     start_step: int
     total_steps: int
     accumulation_steps: int
-    micro_batches_per_epoch: int
+    epoch_of: Callable[[int], int]
     schedule: ScheduleSettings
     checkpoint_interval: int
     validation_interval: int
@@ -125,7 +128,7 @@ def _step_event(
     return StepFinished(
         step=step,
         total=settings.total_steps,
-        epoch=first_micro_batch // settings.micro_batches_per_epoch + 1,
+        epoch=settings.epoch_of(first_micro_batch) + 1,
         loss=result.loss,
         grad_norm=result.grad_norm,
         learning_rate=learning_rate,

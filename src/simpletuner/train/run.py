@@ -351,7 +351,8 @@ class _Run:
             self._run.emit(ProblemReported(problem=rollout_cost(rollout)))
         device = compute.device
         free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
-        steps_per_epoch = start.sampler.batches_per_epoch / config.optimizer.gradient_accumulation_steps
+        accumulation = config.optimizer.gradient_accumulation_steps
+        first_epoch = start.sampler.batches_before(1)
         self._run.emit(
             RunPlanned(
                 model=f"{config.model.model_family} {config.model.model_flavour}",
@@ -361,11 +362,12 @@ class _Run:
                 device_name=device_name(device),
                 total_steps=total_steps,
                 start_step=start_step,
-                num_epochs=math.ceil(total_steps / steps_per_epoch),
+                num_epochs=start.sampler.epoch_of(total_steps * accumulation - 1) + 1,
+                steps_per_epoch=None if first_epoch is None else math.ceil(first_epoch / accumulation),
                 num_datasets=len(plan.datasets),
                 num_images=sum(dataset.num_images for dataset in plan.datasets),
                 num_buckets=sum(len(dataset.buckets) for dataset in plan.datasets),
-                effective_batch_size=config.optimizer.train_batch_size * config.optimizer.gradient_accumulation_steps,
+                effective_batch_size=config.optimizer.train_batch_size * accumulation,
                 validation_step_interval=config.validation.validation_step_interval if requests else None,
                 validation_num_inference_steps=config.validation.validation_num_inference_steps if requests else None,
                 validation_guidance=config.validation.validation_guidance if requests else None,
@@ -394,7 +396,7 @@ class _Run:
             start_step=start_step,
             total_steps=start.total_steps,
             accumulation_steps=config.optimizer.gradient_accumulation_steps,
-            micro_batches_per_epoch=start.sampler.batches_per_epoch,
+            epoch_of=start.sampler.epoch_of,
             schedule=schedule_settings(config),
             checkpoint_interval=config.run.checkpoint_step_interval,
             validation_interval=config.validation.validation_step_interval,

@@ -8,18 +8,23 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
-from simpletuner.config.datasets import DatasetsConfig, ImageDataset
+from simpletuner.config.datasets import CaptionShuffle, DatasetsConfig, ImageDataset, TextEmbeds, takes_fresh_crops
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.held_out import HeldOut, choose_held_out
-from simpletuner.data.mask_pairs import MaskFiles, MaskSpec, pair_masks
-from simpletuner.data.plan import build_plan, unreadable_warnings
-from simpletuner.data.records import DropReason, Plan
+from simpletuner.data.mask_pairs import MaskFiles, pair_masks
+from simpletuner.data.plan import build_plan, has_kept_listing, unreadable_warnings
+from simpletuner.data.records import DatasetPlan, DropReason, Plan, Size
 from simpletuner.data.sampler import Sampler
-from simpletuner.data.spec import AspectChoice, CaptionSpec, DatasetSpec, ResizeSpec
-from simpletuner.data.storage import LocalStorage
+from simpletuner.data.spec import AspectChoice, CaptionSpec, CropStyle, DatasetSpec, ResizeSpec, Schedule, ShuffleSpec
+from simpletuner.data.storages.errors import StorageError
+from simpletuner.data.storages.hub import HubStorage
+from simpletuner.data.storages.urls import UrlStorage
+from simpletuner.events.progress import PhaseProgress
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import (
     BucketCount,
@@ -29,7 +34,8 @@ from simpletuner.events.types import (
     RunResumed,
     SettingOverridden,
 )
-from simpletuner.problems import ConfigError, DatasetError, Problem
+from simpletuner.problems import ConfigError, DatasetError, Problem, Severity
+from simpletuner.train.places import storage_of, table_of
 from simpletuner.train.resume import Checkpoint, choose_checkpoint, remove_unfinished
 from simpletuner.validation.requests import ImageRequest, plan_images, read_prompts
 
@@ -66,13 +72,16 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
     config = _with_seed(loaded.config, checkpoint, run)
     found = find_data(config, loaded.datasets, run)
     sampler = make_sampler(config, found.plan)
+    total_steps = total_updates(config, sampler)
+    for problem in idle_warnings(config, sampler, total_steps):
+        run.emit(ProblemReported(problem=problem))
     return Start(
         config=config,
         requests=requests,
         checkpoint=checkpoint,
         plan=found.plan,
         sampler=sampler,
-        total_steps=total_updates(config, sampler.batches_per_epoch),
+        total_steps=total_steps,
         held_out=found.held_out,
         masks=found.masks,
     )
@@ -90,7 +99,7 @@ def plan_again(start: Start, datasets: DatasetsConfig, *, run: RunRecorder) -> S
         start,
         plan=found.plan,
         sampler=sampler,
-        total_steps=total_updates(start.config, sampler.batches_per_epoch),
+        total_steps=total_updates(start.config, sampler),
         held_out=found.held_out,
         masks=found.masks,
     )
@@ -98,7 +107,12 @@ def plan_again(start: Start, datasets: DatasetsConfig, *, run: RunRecorder) -> S
 
 def make_sampler(config: Config, plan: Plan) -> Sampler:
     """The order of training."""
-    return Sampler(plan, seed=config.run.seed, batch_size=config.optimizer.train_batch_size)
+    return Sampler(
+        plan,
+        seed=config.run.seed,
+        batch_size=config.optimizer.train_batch_size,
+        accumulation_steps=config.optimizer.gradient_accumulation_steps,
+    )
 
 
 def image_requests(config: Config) -> tuple[ImageRequest, ...]:
@@ -160,18 +174,24 @@ def scan_held_out(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
     chosen = [dataset for dataset in datasets.evals if options.eval_dataset_id in (None, dataset.id)]
     if options.eval_loss_disable or not chosen:
         return None
-    specs = [
-        replace(
-            dataset_spec(dataset, config),
-            repeats=0,
-            probability=1.0,
-            caption_dropout_probability=0.0,
-            train_batch_size=1,
-        )
-        for dataset in chosen
-    ]
+    specs = [_held_out_spec(dataset_spec(dataset, config, datasets.embeds_of(dataset))) for dataset in chosen]
     plan = _scan(specs, config, run)
     return choose_held_out(plan, num_images=options.num_eval_images, is_pooled=options.eval_dataset_pooling)
+
+
+def _held_out_spec(spec: DatasetSpec) -> DatasetSpec:
+    """Without what is about training."""
+    return replace(
+        spec,
+        repeats=0,
+        probability=1.0,
+        is_regularisation_data=False,
+        caption_dropout_probability=0.0,
+        train_batch_size=1,
+        batch_mixing="bucket",
+        takes_fresh_crops=False,
+        schedule=Schedule(),
+    )
 
 
 def scan_masks(
@@ -183,14 +203,11 @@ def scan_masks(
         DatasetError: masks that are missing or do not fit.
     """
     named = ((dataset.id, datasets.masks_of(dataset)) for dataset in (*datasets.images, *datasets.evals))
-    specs = {
-        name: MaskSpec(id=masks.id, storage=dataset_spec(masks, config).storage)
-        for name, masks in named
-        if masks is not None
-    }
+    specs = {name: dataset_spec(masks, config, datasets.text_embeds) for name, masks in named if masks is not None}
     if not specs:
         return {}
     more = held_out.plan.datasets if held_out is not None else ()
+    fetch_images(tuple({spec.id: spec for spec in specs.values()}.values()), Path(config.data.cache_dir), run)
     with run.phase("mask_files", unit="files") as progress:
         return pair_masks(
             replace(plan, datasets=(*plan.datasets, *more)),
@@ -207,10 +224,12 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
     Raises:
         DatasetError: no usable image, a damaged file, a missing caption, a bucket that cannot fill a batch.
     """
-    return _scan([dataset_spec(dataset, config) for dataset in datasets.images], config, run)
+    specs = [dataset_spec(dataset, config, datasets.embeds_of(dataset)) for dataset in datasets.images]
+    return _scan(specs, config, run)
 
 
 def _scan(specs: Sequence[DatasetSpec], config: Config, run: RunRecorder) -> Plan:
+    fetch_images(specs, Path(config.data.cache_dir), run)
     with run.phase("scan", unit="images") as progress:
         plan = build_plan(
             specs,
@@ -219,39 +238,53 @@ def _scan(specs: Sequence[DatasetSpec], config: Config, run: RunRecorder) -> Pla
             cache_dir=Path(config.data.cache_dir),
             on_progress=lambda done, total: progress.update(done, total=total),
             max_workers=config.data.max_workers,
+            sampling=config.data.data_backend_sampling,
         )
     for problem in unreadable_warnings(plan):
         run.emit(ProblemReported(problem=problem))
     for dataset in plan.datasets:
-        buckets = [
-            BucketCount(width_px=b.size[0], height_px=b.size[1], num_samples=len(b.samples)) for b in dataset.buckets
-        ]
-        dropped = [DropCount(reason=r.value, num_images=dataset.count_dropped(r)) for r in DropReason]
-        run.emit(
-            DatasetPlanned(
-                dataset=dataset.id,
-                num_images=dataset.num_images,
-                num_samples=dataset.num_images * (dataset.repeats + 1),
-                buckets=tuple(buckets),
-                dropped=tuple(drop for drop in dropped if drop.num_images),
-            )
-        )
+        run.emit(_planned(dataset))
     return plan
 
 
-def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
-    """The options of one dataset as the data layer takes them."""
+def fetch_images(specs: Sequence[DatasetSpec], cache_dir: Path, run: RunRecorder) -> None:
+    """Bring what is not on this machine to where it can be listed.
+
+    Raises:
+        DatasetError: something cannot be reached.
+    """
+    for spec in specs:
+        if isinstance(spec.storage, (UrlStorage, HubStorage)) and not has_kept_listing(spec, cache_dir):
+            with run.phase("fetch", unit="images") as progress:
+                try:
+                    spec.storage.prepare(partial(_tell, progress))
+                except StorageError as error:
+                    raise DatasetError(error.problem(spec.id)) from error
+
+
+def _tell(progress: PhaseProgress, done: int, total: int) -> None:
+    progress.update(done, total=total)
+
+
+def dataset_spec(dataset: ImageDataset, config: Config, embeds: TextEmbeds) -> DatasetSpec:
+    """The options of one dataset as the data layer takes them; `embeds` is the entry that caches its captions."""
+    storage = storage_of(dataset, cache_dir=Path(config.data.cache_dir))
+    has_minimum = dataset.minimum_image_size is not None
     return DatasetSpec(
         id=dataset.id,
-        storage=LocalStorage(folder=Path(dataset.instance_data_dir)),
+        storage=storage,
+        table=table_of(dataset, storage),
+        takes_sizes=dataset.metadata_backend == "parquet",
+        keeps_listing=dataset.preserve_data_backend_cache,
         resize=ResizeSpec(
             resolution=dataset.resolution,
             resolution_type=dataset.resolution_type,
             crop=dataset.crop,
-            crop_style=dataset.crop_style,
+            crop_style=cast("CropStyle", dataset.crop_style),
             crop_aspect=dataset.crop_aspect,
             crop_aspect_buckets=tuple(
-                AspectChoice(aspect=bucket.aspect, weight=bucket.weight) for bucket in dataset.crop_aspect_buckets
+                AspectChoice(aspect=bucket.aspect, weight=bucket.weight or 1.0)
+                for bucket in dataset.crop_aspect_buckets
             ),
             max_upscale_threshold=dataset.max_upscale_threshold,
             minimum_image_size=dataset.minimum_image_size,
@@ -268,6 +301,8 @@ def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
             prepend_instance_prompt=dataset.prepend_instance_prompt,
             only_instance_prompt=dataset.only_instance_prompt,
             disable_multiline_split=dataset.disable_multiline_split,
+            filters=(*dataset.caption_filter_list, *embeds.caption_filter_list),
+            shuffle=_shuffle(dataset.caption_shuffle, seed=config.run.seed),
         ),
         repeats=dataset.repeats,
         probability=dataset.probability,
@@ -275,27 +310,87 @@ def dataset_spec(dataset: ImageDataset, config: Config) -> DatasetSpec:
         caption_dropout_probability=dataset.caption_dropout_probability,
         max_num_samples=dataset.max_num_samples,
         train_batch_size=dataset.train_batch_size,
+        batch_mixing=dataset.batch_mixing,
+        takes_fresh_crops=takes_fresh_crops(dataset),
+        schedule=Schedule(
+            start_epoch=dataset.start_epoch,
+            start_step=dataset.start_step,
+            end_epoch=dataset.end_epoch,
+            end_step=dataset.end_step,
+            disable_after_epoch_step=dataset.disable_after_epoch_step,
+        ),
+        fills_short_buckets=config.data.allow_dataset_oversubscription and "repeats" not in dataset.model_fields_set,
+        prunes_short_buckets=has_minimum and not config.data.disable_bucket_pruning,
         skips_unreadable=dataset.unreadable_images == "skip",
     )
 
 
-def total_updates(config: Config, micro_batches_per_epoch: int) -> int:
+def total_updates(config: Config, sampler: Sampler) -> int:
     """Length of the run in optimizer updates.
 
     Raises:
-        ConfigError: it has none: fewer micro-batches than one accumulation window.
+        ConfigError: it has none: fewer micro-batches than one accumulation window; or its datasets end before it does.
     """
+    accumulation, epochs = config.optimizer.gradient_accumulation_steps, config.run.num_train_epochs
     if config.run.max_train_steps:
-        return config.run.max_train_steps
-    steps = config.run.num_train_epochs * micro_batches_per_epoch // config.optimizer.gradient_accumulation_steps
-    if steps == 0:
-        params = {
-            "epochs": config.run.num_train_epochs,
-            "batches": micro_batches_per_epoch,
-            "accumulation": config.optimizer.gradient_accumulation_steps,
-        }
+        batches: int | None = config.run.max_train_steps * accumulation
+    else:
+        batches = sampler.batches_before(epochs)
+    end = sampler.num_batches
+    if batches is None or (end is not None and batches > end):
+        assert end is not None, "only where datasets end is an epoch not whole"
+        length = f"max_train_steps {config.run.max_train_steps}" if batches else f"num_train_epochs {epochs}"
+        params: dict[str, object] = {"first": end // accumulation + 1, "length": length}
+        raise ConfigError(Problem(code="E-DATASETS-END", params=params, path="/data_backend_config"))
+    if batches < accumulation:
+        params = {"epochs": epochs, "batches": sampler.batches_per_epoch, "accumulation": accumulation}
         raise ConfigError(Problem(code="E-NO-STEPS", params=params, path="/num_train_epochs"))
-    return steps
+    return batches // accumulation
+
+
+def idle_warnings(config: Config, sampler: Sampler, total_steps: int) -> list[Problem]:
+    """One warning for each dataset that could be drawn but never is."""
+    idle = sampler.idle_datasets(total_steps * config.optimizer.gradient_accumulation_steps)
+    return [
+        Problem(code="W-DATASET-IDLE", severity=Severity.WARNING, params={"id": name, "steps": total_steps})
+        for name in idle
+    ]
+
+
+def _planned(dataset: DatasetPlan) -> DatasetPlanned:
+    dropped = [DropCount(reason=r.value, num_images=dataset.count_dropped(r)) for r in DropReason]
+    schedule = dataset.schedule
+    return DatasetPlanned(
+        dataset=dataset.id,
+        num_images=dataset.num_images,
+        num_samples=dataset.num_images * (dataset.repeats + 1),
+        buckets=tuple(_bucket_count(b.size, len(b.samples)) for b in dataset.buckets),
+        dropped=tuple(drop for drop in dropped if drop.num_images),
+        filled=tuple(_bucket_count(b.size, b.num_images) for b in dataset.filled),
+        pruned=tuple(_bucket_count(b.size, b.num_images) for b in dataset.pruned),
+        batch_mixing=dataset.batch_mixing,
+        start_epoch=schedule.start_epoch,
+        start_step=max(schedule.start_step, 1),
+        end_epoch=schedule.end_epoch,
+        end_step=schedule.end_step,
+        steps_of_epoch=schedule.disable_after_epoch_step,
+    )
+
+
+def _bucket_count(size: Size, num_images: int) -> BucketCount:
+    return BucketCount(width_px=size[0], height_px=size[1], num_samples=num_images)
+
+
+def _shuffle(options: CaptionShuffle | None, *, seed: int) -> ShuffleSpec | None:
+    if options is None or not options.enable:
+        return None
+    return ShuffleSpec(
+        count=options.count,
+        seed=seed if options.seed is None else options.seed,
+        split_on=options.split_on,
+        position_start=options.position_start,
+        include_original=options.include_original,
+    )
 
 
 def _with_seed(config: Config, checkpoint: Checkpoint | None, run: RunRecorder) -> Config:

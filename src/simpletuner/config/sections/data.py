@@ -14,7 +14,8 @@ from simpletuner.config.fields import Opt, Section
 _DEFAULT = FLAVOURS[DEFAULT_FLAVOUR]
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
-CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt", "parquet", "csv", "huggingface"]
+BatchMixing = Literal["bucket", "packed"]
 UnreadableImages = Literal["skip", "stop"]
 CAPTION_SPELLINGS = (("instance_prompt", "instanceprompt"), ("text_file", "textfile"))
 
@@ -48,17 +49,42 @@ class DataSection(Section):
     target_downsample_size: Annotated[float | None, Gt(0), Opt()] = None
     """What images above maximum_image_size are shrunk to, in the unit of resolution_type."""
 
+    max_upscale_threshold: Annotated[float | None, Ge(0), Opt()] = None
+    """With crop_aspect closest or random: leave out shapes that need more enlargement than 1 plus this."""
+
+    batch_mixing: Annotated[BatchMixing, Opt()] = "bucket"
+    """What may share a batch. bucket: images of one size. packed: all images of a dataset, whatever their size."""
+
+    data_backend_sampling: Annotated[Literal["auto-weighting", "uniform"], Opt()] = "auto-weighting"
+    """What a dataset's share of the batches follows: length times probability, or (uniform) probability alone."""
+
+    allow_dataset_oversubscription: Annotated[bool, Opt()] = False
+    """Show images more often where too few share a size to fill a batch, in datasets that do not say repeats."""
+
+    disable_bucket_pruning: Annotated[bool, Opt(level="expert")] = False
+    """With a minimum_image_size, sizes with too few images for a batch are left out; with this the run is refused."""
+
+    override_dataset_config: Annotated[bool, Opt(level="expert")] = False
+    """Accepted for compatibility: a run always follows the datasets file as it is now."""
+
     caption_strategy: Annotated[CaptionStrategy, Opt(spellings=CAPTION_SPELLINGS)] = "filename"
-    """Where captions come from: the file name, a .txt file beside the image, or instance_prompt."""
+    """Where captions come from: the file name, a .txt file beside the image, instance_prompt, or a table: a parquet or
+    CSV file, or the rows of a Hugging Face dataset."""
 
     instance_prompt: Annotated[str | None, Opt()] = None
     """The caption of every image with caption_strategy instanceprompt."""
+
+    disable_multiline_split: Annotated[bool, Opt()] = False
+    """Take a caption file as one caption. Otherwise every line is one, and one is drawn per visit."""
 
     caption_dropout_probability: Annotated[float, Ge(0), Le(1), Opt()] = 0.1
     """Share of the steps that train with an empty caption."""
 
     unreadable_images: Annotated[UnreadableImages, Opt()] = "skip"
     """What to do with images that cannot be read: skip leaves them out and names them, stop ends the run."""
+
+    preserve_data_backend_cache: Annotated[bool, Opt()] = False
+    """List each dataset's files once and keep that listing. Later starts do not look for new or changed files."""
 
     cache_dir: Annotated[str, Opt(holds="path", shown_default="<output_dir>/cache")] = ""
     """Folder of the caches of latents and prompt embeddings."""

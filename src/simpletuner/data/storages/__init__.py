@@ -1,0 +1,1 @@
+"""Storages beside local folders, and the tables that go with them."""
