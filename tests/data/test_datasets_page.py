@@ -27,7 +27,7 @@ def page(request: pytest.FixtureRequest) -> str:
 def test_every_key_has_its_place_in_the_table(page: str) -> None:
     table = page.split("## The keys" if "## The keys" in page else "## Las claves")[1].split("\n## ")[0]
     named = set(re.findall(r"`([a-z_.]+)`", table))
-    keys = {*dataset_options("image"), *dataset_options("text_embeds")}
+    keys = {*dataset_options("image"), *dataset_options("text_embeds"), *dataset_options("image_embeds")}
     assert keys - named == set()
 
 
