@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,10 +62,9 @@ from simpletuner.train.oom import is_out_of_memory, out_of_memory
 from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache, free_memory
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
-from simpletuner.train.start import Start, plan_again
+from simpletuner.train.start import Start, all_prompts, plan_again
 from simpletuner.train.step import MicroBatch, StepResult, train_step
 from simpletuner.train.trained import Trained
-from simpletuner.validation.requests import ImageRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +248,7 @@ class _Run:
             self._announce(start, compute, account.expected(), start_step=start_step)
             account.meter.enter("prompts")
             prompts = fill_prompt_cache(
-                self._all_prompts(plan, start.requests),
+                all_prompts(config, plan, start.requests),
                 config=config,
                 datasets=datasets,
                 files=files,
@@ -349,12 +348,6 @@ class _Run:
                 estimate_source=expected.deciding.source,
             )
         )
-
-    def _all_prompts(self, plan: Plan, requests: Sequence[ImageRequest]) -> list[str]:
-        prompts = set(plan.prompts()) | {request.prompt.text for request in requests}
-        if requests and self._config.validation.validation_guidance > 0:
-            prompts.add(self._config.validation.validation_negative_prompt)
-        return sorted(prompts)
 
     def _loop_settings(self, sampler: Sampler, *, start_step: int, total_steps: int) -> LoopSettings:
         config = self._config

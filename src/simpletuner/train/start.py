@@ -22,7 +22,7 @@ from simpletuner.data.spec import AspectChoice, CaptionSpec, CropStyle, DatasetS
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.hub import HubStorage
 from simpletuner.data.storages.urls import UrlStorage
-from simpletuner.events.progress import PhaseProgress
+from simpletuner.events.progress import PhaseProgress, Reporter
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import (
     BucketCount,
@@ -65,7 +65,7 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
     if checkpoint is not None:
         run.emit(RunResumed(step=checkpoint.step, path=_shown(checkpoint.path, output_dir)))
     requests = image_requests(loaded.config)
-    config = _with_seed(loaded.config, checkpoint, run)
+    config = with_seed(loaded.config, checkpoint, run)
     plan = scan_datasets(config, loaded.datasets, run)
     sampler = make_sampler(config, plan)
     total_steps = total_updates(config, sampler)
@@ -121,7 +121,15 @@ def image_requests(config: Config) -> tuple[ImageRequest, ...]:
     )
 
 
-def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> Plan:
+def all_prompts(config: Config, plan: Plan, requests: Sequence[ImageRequest]) -> list[str]:
+    """Every text that a run embeds: captions, prompts of the validation and its negative prompt."""
+    prompts = set(plan.prompts()) | {request.prompt.text for request in requests}
+    if requests and config.validation.validation_guidance > 0:
+        prompts.add(config.validation.validation_negative_prompt)
+    return sorted(prompts)
+
+
+def scan_datasets(config: Config, datasets: DatasetsConfig, run: Reporter) -> Plan:
     """Find the images and sort them into buckets.
 
     Raises:
@@ -146,7 +154,7 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
     return plan
 
 
-def fetch_images(specs: Sequence[DatasetSpec], cache_dir: Path, run: RunRecorder) -> None:
+def fetch_images(specs: Sequence[DatasetSpec], cache_dir: Path, run: Reporter) -> None:
     """Bring what is not on this machine to where it can be listed.
 
     Raises:
@@ -292,7 +300,7 @@ def _shuffle(options: CaptionShuffle | None, *, seed: int) -> ShuffleSpec | None
     )
 
 
-def _with_seed(config: Config, checkpoint: Checkpoint | None, run: RunRecorder) -> Config:
+def with_seed(config: Config, checkpoint: Checkpoint | None, run: Reporter) -> Config:
     """The configuration with the seed -1 replaced by the checkpoint's, or by one drawn now."""
     if config.run.seed >= 0:
         return config
