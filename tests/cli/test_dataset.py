@@ -190,6 +190,14 @@ def test_a_short_bucket_says_what_to_do_and_that_helps(
     assert look(0, {"minimum_image_size": 60}) == {"pruned": 3}
 
 
+def test_a_configuration_that_is_wrong_is_told_as_data_too(tmp_path: Path, report: Callable[..., Any]) -> None:
+    datasets = write_config(tmp_path / "project", an_image_dataset(tmp_path / "pets", repeats=-1))
+    for action in ("scan", "buckets", "captions", "cache"):
+        data = report(action, str(datasets), status=ExitCode.USAGE)
+        assert list(data) == ["problems"]
+        assert "/0/repeats" in {problem["path"] for problem in data["problems"]}
+
+
 def test_a_place_that_is_not_there_does_not_hide_the_others(tmp_path: Path, report: Callable[..., Any]) -> None:
     datasets = write_config(
         tmp_path / "project",
