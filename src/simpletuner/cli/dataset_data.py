@@ -60,7 +60,7 @@ def cached_as_data(summary: CacheSummary) -> dict[str, object]:
         "prompts": {
             "total": summary.prompts.total,
             "made": summary.prompts.made,
-            "folder": str(summary.prompt_folder),
+            "folders": [str(folder) for folder in summary.prompt_folders],
         },
         "unreadable": summary.num_unreadable,
         "left_to_training": list(summary.left_to_training),

@@ -121,7 +121,7 @@ def cached_lines(summary: CacheSummary, language: str) -> Iterator[str]:
     page = _Page(language, shows_all=True)
     for kind, filled, folders in (
         ("latents", summary.latents, summary.latent_folders),
-        ("prompts", summary.prompts, (summary.prompt_folder,)),
+        ("prompts", summary.prompts, summary.prompt_folders),
     ):
         where = ", ".join(shown_path(folder, Path.cwd()) for folder in folders)
         yield page.say(f"cached.{kind}", total=filled.total, made=filled.made, folders=where)

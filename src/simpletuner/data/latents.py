@@ -171,6 +171,7 @@ def cache_latents(
     batch_size: int,
     on_progress: Progress,
     write_batch_size: int = 128,
+    write_batch_sizes: Mapping[Path, int] | None = None,
     max_workers: int | None = None,
 ) -> LatentStore:
     """Encode what is missing and return all latents of `plan`.
@@ -181,7 +182,7 @@ def cache_latents(
         batch_size: images per call of the encoder. All of one call have the same size.
         on_progress: called with (latents there, latents wanted), first before anything is encoded.
         write_batch_size: latents per file of the cache; what a killed run loses is at most that, and at most ten
-            seconds' work.
+            seconds' work. `write_batch_sizes` has others for some directories.
         max_workers: how many decode images at once; None: up to 8.
     Raises:
         PlanAgainError: images cannot be decoded; all others were encoded and stored.
@@ -204,9 +205,12 @@ def cache_latents(
     done = sum(key in store for store, by_key in wanted.items() for key in by_key)
     on_progress(done, total)
     if jobs:
+        group_sizes = write_batch_sizes or {}
         with ExitStack() as stack:
             writers = {
-                store: stack.enter_context(store.writer(group_entries=write_batch_size))
+                store: stack.enter_context(
+                    store.writer(group_entries=group_sizes.get(store.directory, write_batch_size))
+                )
                 for store in {job.store: None for job in jobs}
             }
             bad = _encode(
