@@ -62,13 +62,13 @@ def prompt_group(prompts: Iterable[str], embeds: TextEmbeds) -> PromptGroup:
     )
 
 
-def prompt_groups(plan: Plan, datasets: DatasetsConfig, more: Iterable[str] = ()) -> list[PromptGroup]:
-    """The captions of a plan, those of each dataset where it says. First what the default entry caches, with `more`:
+def prompt_groups(plans: Sequence[Plan], datasets: DatasetsConfig, more: Iterable[str] = ()) -> list[PromptGroup]:
+    """The captions of plans, those of each dataset where it says. First what the default entry caches, with `more`:
     prompts of no dataset."""
     by_entry: dict[str, set[str]] = {datasets.text_embeds.id: set(more)}
     entries = {entry.id: entry for entry in (datasets.text_embeds, *datasets.other_text_embeds)}
     declared = {dataset.id: dataset for dataset in (*datasets.images, *datasets.evals)}
-    for dataset in plan.datasets:
+    for dataset in (dataset for plan in plans for dataset in plan.datasets):
         entry = datasets.embeds_of(declared[dataset.id])
         by_entry.setdefault(entry.id, set()).update(Plan(datasets=(dataset,), fingerprint="").prompts())
     return [prompt_group(prompts, entries[name]) for name, prompts in by_entry.items() if prompts]

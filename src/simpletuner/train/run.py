@@ -261,15 +261,11 @@ class _Run:
         """Announce the run and fill its caches; the start that it has once all images are known to be whole."""
         config, datasets, start = self._config, self._loaded.datasets, self._start
         while True:
-            plan, held_out = start.plan, start.held_out
-            account.look_at(plan, start.total_steps)
+            account.look_at(start.plan, start.total_steps)
             self._announce(start, compute, account.expected(), start_step=start_step)
             account.meter.enter("prompts")
             prompts = fill_prompt_cache(
-                [
-                    *prompt_groups(plan, datasets, image_prompts(config, start.requests)),
-                    *(prompt_groups(held_out.plan, datasets) if held_out is not None else ()),
-                ],
+                prompt_groups(start.data.plans, datasets, image_prompts(config, start.requests)),
                 config=config,
                 files=files,
                 compute=compute,
@@ -278,7 +274,7 @@ class _Run:
             account.meter.enter("latents")
             try:
                 latents = fill_latent_cache(
-                    [plan, *([held_out.plan] if held_out is not None else [])],
+                    start.data.plans,
                     config=config,
                     datasets=datasets,
                     vae=vae,
@@ -293,15 +289,16 @@ class _Run:
 
     def _fill_masks(self, start: Start, latents: Latents) -> tuple[MaskDraw | None, HeldOutData | None]:
         """What is masked in training, and what the loss is measured on."""
-        config, datasets, files = self._config, self._loaded.datasets, start.masks
+        config, datasets, files = self._config, self._loaded.datasets, start.data.masks
         draw = None
         if files and config.flow.masked_loss_probability:
             store = fill_mask_cache(start.plan, files, config=config, datasets=datasets, run=self._run)
             draw = MaskDraw(store=store, probability=config.flow.masked_loss_probability, seed=config.run.seed)
-        if start.held_out is None:
+        held_out = start.data.held_out
+        if held_out is None:
             return draw, None
-        store = fill_mask_cache(start.held_out.plan, files, config=config, datasets=datasets, run=self._run)
-        return draw, HeldOutData(sets=start.held_out.sets, latents=latents, masks=store)
+        store = fill_mask_cache(held_out.plan, files, config=config, datasets=datasets, run=self._run)
+        return draw, HeldOutData(sets=held_out.sets, latents=latents, masks=store)
 
     def _choose_compute(self) -> Compute:
         compute, override = choose_compute(
@@ -397,7 +394,7 @@ class _Run:
 
     def _evaluation_interval(self, start: Start) -> int | None:
         """Updates from one evaluation to the next; None where nothing is evaluated."""
-        if start.held_out is None:
+        if start.data.held_out is None:
             return None
         updates_per_epoch = start.sampler.batches_per_epoch / self._config.optimizer.gradient_accumulation_steps
         return evaluation_interval(self._config.validation, updates_per_epoch=updates_per_epoch)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -41,17 +41,34 @@ from simpletuner.validation.requests import ImageRequest, plan_images, read_prom
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoundData:
+    """What a run trains on and is measured by. `masks`: by dataset."""
+
+    plan: Plan
+    held_out: HeldOut | None
+    masks: Mapping[str, MaskFiles]
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Of the images that are trained on, and of those that are not."""
+        return (self.plan,) if self.held_out is None else (self.plan, self.held_out.plan)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Start:
     """Where a run begins. `config` has the seed that is used; without a `checkpoint` it starts afresh."""
 
     config: Config
     requests: tuple[ImageRequest, ...]
     checkpoint: Checkpoint | None
-    plan: Plan
+    data: FoundData
     sampler: Sampler
     total_steps: int
-    held_out: HeldOut | None = None
-    masks: Mapping[str, MaskFiles] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained on."""
+        return self.data.plan
 
 
 def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
@@ -79,11 +96,9 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
         config=config,
         requests=requests,
         checkpoint=checkpoint,
-        plan=found.plan,
+        data=found,
         sampler=sampler,
         total_steps=total_steps,
-        held_out=found.held_out,
-        masks=found.masks,
     )
 
 
@@ -97,11 +112,9 @@ def plan_again(start: Start, datasets: DatasetsConfig, *, run: RunRecorder) -> S
     sampler = make_sampler(start.config, found.plan)
     return replace(
         start,
-        plan=found.plan,
+        data=found,
         sampler=sampler,
         total_steps=total_updates(start.config, sampler),
-        held_out=found.held_out,
-        masks=found.masks,
     )
 
 
@@ -135,20 +148,11 @@ def image_requests(config: Config) -> tuple[ImageRequest, ...]:
 
 
 def image_prompts(config: Config, requests: Sequence[ImageRequest]) -> list[str]:
-    """What the images of validations are made from: the prompts and the negative prompt."""
+    """What the images of a validation are made from."""
     prompts = {request.prompt.text for request in requests}
     if requests and config.validation.validation_guidance > 0:
         prompts.add(config.validation.validation_negative_prompt)
     return sorted(prompts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundData:
-    """What a run trains on and is measured by. `masks`: by dataset."""
-
-    plan: Plan
-    held_out: HeldOut | None
-    masks: Mapping[str, MaskFiles]
 
 
 def find_data(config: Config, datasets: DatasetsConfig, run: Reporter) -> FoundData:
@@ -188,7 +192,7 @@ def scan_held_out(config: Config, datasets: DatasetsConfig, run: Reporter) -> He
 
 
 def held_out_spec(spec: DatasetSpec) -> DatasetSpec:
-    """Without what is about training."""
+    """A dataset without what is about training."""
     return replace(
         spec,
         repeats=0,
