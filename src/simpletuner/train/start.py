@@ -148,7 +148,7 @@ def image_requests(config: Config) -> tuple[ImageRequest, ...]:
 
 
 def image_prompts(config: Config, requests: Sequence[ImageRequest]) -> list[str]:
-    """What the images of a validation are made from."""
+    """What the images of validations are made from: the prompts and the negative prompt."""
     prompts = {request.prompt.text for request in requests}
     if requests and config.validation.validation_guidance > 0:
         prompts.add(config.validation.validation_negative_prompt)
@@ -186,12 +186,12 @@ def scan_held_out(config: Config, datasets: DatasetsConfig, run: Reporter) -> He
     chosen = [dataset for dataset in datasets.evals if options.eval_dataset_id in (None, dataset.id)]
     if options.eval_loss_disable or not chosen:
         return None
-    specs = [_held_out_spec(dataset_spec(dataset, config, datasets.embeds_of(dataset))) for dataset in chosen]
+    specs = [held_out_spec(dataset_spec(dataset, config, datasets.embeds_of(dataset))) for dataset in chosen]
     plan = _scan(specs, config, run)
     return choose_held_out(plan, num_images=options.num_eval_images, is_pooled=options.eval_dataset_pooling)
 
 
-def _held_out_spec(spec: DatasetSpec) -> DatasetSpec:
+def held_out_spec(spec: DatasetSpec) -> DatasetSpec:
     """Without what is about training."""
     return replace(
         spec,
