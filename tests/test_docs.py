@@ -22,7 +22,7 @@ import pytest
 
 from simpletuner.catalog.families import FLAVOURS
 from simpletuner.catalog.optimizers import OPTIMIZER_SPELLINGS, OPTIMIZERS, REFUSED_OPTIMIZERS
-from simpletuner.cli import convert, extract, generate, inspect, merge, plot, resize, runs
+from simpletuner.cli import convert, dataset, dataset_data, extract, generate, inspect, merge, plot, resize, runs
 from simpletuner.cli.help import explain
 from simpletuner.cli.main import COMMANDS
 from simpletuner.config.argv import parse_arguments
@@ -43,6 +43,7 @@ GUIDES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("INSTALL.md", 
 GUIDES = [
     *GUIDES,
     ROOT / "docs" / "quickstart" / "ZIMAGE.md",
+    ROOT / "docs" / "DATASETS.md",
     ROOT / "docs" / "OPTIMIZERS.md",
     ROOT / "docs" / "MEMORY.md",
     ROOT / "docs" / "FLOW.md",
@@ -176,6 +177,11 @@ def check_command(words: list[str]) -> None:
         if command == "plot":
             assert rest[0] == "schedule", words
             _, _, rest = plot.own_words(rest[1:])
+        if command == "dataset":
+            assert rest[0] in dataset.ACTIONS, words
+            rest = list(dataset.sort_words(rest[1:], cwd=ROOT).words)
+        if command == "train":
+            rest = [word for word in rest if word != "--cache-only"]
         if command == "estimate":
             rest = [word for word in rest if word != "--json"]
         if command == "generate":
@@ -259,6 +265,7 @@ def test_names_in_the_text_are_options_or_keys(page: Path):
     others |= {field.name for event in event_types.EVENTS.values() for field in fields(event)}
     others |= {"dora_scale", "save_to_disk", *LYCORIS_KEYS}
     others |= {key.rpartition(".")[2] for key in every_dataset_key()}  # those in an object of keys
+    others |= set(re.findall(r'"([a-z_]+)":', Path(dataset_data.__file__).read_text(encoding="utf-8")))
     arguments = {argument.name for row in OPTIMIZERS.values() for argument in row.arguments}
     known = {*options(), *every_dataset_key(), *OPTIMIZERS, *arguments, *others}
     known |= {spelling for spelling, _ in OPTIMIZER_SPELLINGS}

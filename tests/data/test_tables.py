@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simpletuner.data.storages.csv_table import read_rows
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.urls import UrlStorage
 from simpletuner.data.tables import CsvTable, ParquetTable, TableRow, UrlTable, caption_texts
@@ -135,3 +138,16 @@ def test_captions_beside_urls(tmp_path):
     keys = [storage.key_of("https://h/a.jpg"), "x.jpg"]
     rows = UrlTable(storage=storage, caption_column="caption").rows(keys)
     assert {key: row.captions for key, row in rows.items()} == {keys[0]: ("one", "three"), "x.jpg": ("two",)}
+
+
+CELL = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_categories=("Cs",)), max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(CELL, CELL)), st.sampled_from(",;\t"), st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+def test_any_csv_comes_back_as_it_was_written(tmp_path_factory, rows, delimiter, encoding):
+    path = tmp_path_factory.mktemp("csv") / "t.csv"
+    with path.open("w", encoding=encoding, newline="") as stream:
+        csv.writer(stream, delimiter=delimiter).writerows([("other", "caption", "url"), *(("x", *row) for row in rows)])
+    read = list(read_rows(path, ["url", "caption"], option="csv_file"))
+    assert read == [(url.strip(), caption.strip()) for caption, url in rows]

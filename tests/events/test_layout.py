@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from simpletuner.events import layout
 from simpletuner.events import types as t
+from simpletuner.events.text import phase_pace, phase_text
 from simpletuner.events.view import RunView
 
 STEP = t.StepFinished(
@@ -69,6 +70,29 @@ def test_no_row_is_wider_than_the_terminal(width, language, glyphs, validating, 
     if validating:
         rows.append(layout.validation_row(view, 5.0, width, language, glyphs))
     assert all(layout.row_width(row) <= width for row in rows)
+
+
+@pytest.mark.parametrize(("language", "told"), [("en", ["4.00/s", "15 s left"]), ("es", ["4,00/s", "quedan 15 s"])])
+def test_a_phase_tells_its_pace_without_what_a_cache_had(language, told):
+    phase = replace(PHASE, done=1068, before=1028, total=1128)
+    assert phase_pace(phase, 10.0, language) == told
+    assert all(figure in flat(layout.phase_row(phase, 10.0, 110, language, layout.UNICODE)) for figure in told)
+    assert phase_pace(replace(phase, before=1068), 10.0, language) == []  # nothing was made yet
+    assert phase_pace(phase, 1.0, language) == []  # too early to say
+    assert phase_pace(replace(phase, total=None), 10.0, language) == []
+    assert phase_pace(replace(phase, done=1128), 10.0, language)[1:] == []  # nothing is left
+
+
+@pytest.mark.parametrize(
+    ("language", "some", "none"), [("en", "new: 3", "nothing new"), ("es", "nuevo: 3", "nada nuevo")]
+)
+def test_a_finished_phase_tells_what_was_new(language, some, none):
+    phase = replace(PHASE, done=128, before=125, finished=True)
+    for before, told in ((125, some), (128, none)):
+        found = replace(phase, before=before)
+        assert told in phase_text(found, language)
+        assert told in flat(layout.finished_rows([found], 110, language, layout.UNICODE)[0])
+    assert some.split(":")[0] not in phase_text(replace(phase, before=0), language)
 
 
 @given(st.floats(0, 1), st.integers(0, 60), GLYPHS)

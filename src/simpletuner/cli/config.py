@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from simpletuner.cli.report import print_problems
+from simpletuner.cli.report import print_problems, problems_as_data
 from simpletuner.config.load import LoadedConfig, load_run_config
 from simpletuner.config.paths import shown_path
-from simpletuner.i18n import render_problem, text
+from simpletuner.i18n import text
 from simpletuner.problems import ConfigError, DatasetError, ExitCode, Fix, Problem, Severity, SimpletunerError
 
 ACTIONS = ("validate", "show", "explain", "schema")
@@ -140,23 +140,7 @@ def _summary(loaded: LoadedConfig, language: str) -> str:
 
 
 def _problems_json(problems: Sequence[Problem], language: str) -> str:
-    """The problems as data, with their texts in the reader's language."""
-    found = []
-    for problem in problems:
-        title, hint = render_problem(problem, language)
-        found.append(
-            {
-                "code": problem.code,
-                "severity": problem.severity.value,
-                "origin": problem.origin,
-                "path": problem.path,
-                "params": dict(problem.params),
-                "title": title,
-                "hint": hint,
-                "fixes": [{"key": fix.key, "value": fix.value} for fix in problem.fixes],
-            }
-        )
-    return json.dumps(found, ensure_ascii=False, indent=2)
+    return json.dumps(problems_as_data(problems, language), ensure_ascii=False, indent=2)
 
 
 def _unknown(word: str) -> Problem:

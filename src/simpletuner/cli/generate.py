@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn
 
+from simpletuner.cli.command_console import CommandConsole
 from simpletuner.cli.report import print_problems
 from simpletuner.config.env import state_folder
 from simpletuner.config.load import LoadedConfig, load_run_config
@@ -18,11 +19,8 @@ from simpletuner.config.names import closest, meaning_of
 from simpletuner.config.paths import shown_path
 from simpletuner.config.root import Config, options
 from simpletuner.config.settings import OriginKind
-from simpletuner.events.journal import Record
 from simpletuner.events.paths import MODEL_FOLDER, RunDirectory
 from simpletuner.events.progress import SinkReporter
-from simpletuner.events.text import Narrator, is_trivial, phase_text
-from simpletuner.events.types import ProblemReported, RunPhase, SettingOverridden
 from simpletuner.generate.labels import described
 from simpletuner.generate.request import (
     AdapterChoice,
@@ -262,7 +260,7 @@ def _make(
     quiet: bool,
 ) -> tuple[list[Made], list[FoundAdapter], list[Axis]]:
     config = loaded.config
-    console = _Console(language, sys.stderr)
+    console = CommandConsole(language, sys.stderr)
     run = SinkReporter([] if quiet else [console])
     with run.phase("environment"):
         from simpletuner.generate.adapters import complete_axis, find_adapter
@@ -314,57 +312,3 @@ def _print_result(made: Sequence[Made], sheet: Path | None, *, as_json: bool, la
         return
     if sheet is not None:
         print(text("generate.sheet", language, path=shown_path(sheet, Path.cwd())))
-
-
-class _Console:
-    """Progress of a command on one line that goes away, and what is worth keeping above it."""
-
-    def __init__(self, language: str, err: TextIO) -> None:
-        self._language, self._err = language, err
-        self._narrator = Narrator(language)
-        self._is_terminal = err.isatty() and os.environ.get("TERM") != "dumb"
-        self._drawn = 0
-
-    def write(self, record: Record) -> None:
-        event = record.event
-        if isinstance(event, RunPhase):
-            self._phase(event)
-        elif isinstance(event, SettingOverridden):
-            for line in self._narrator.tell(record):
-                self.line(line.text)
-        elif isinstance(event, ProblemReported):
-            self._clear()
-            print_problems([event.problem], self._language, out=self._err)
-
-    def tick(self) -> None:
-        """Nothing: every phase tells by itself."""
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def line(self, words: str) -> None:
-        """A line that stays."""
-        self._clear()
-        print(words, file=self._err, flush=True)
-
-    def result(self, words: str) -> None:
-        """A line of what was asked for, on standard output."""
-        self._clear()
-        print(words, flush=True)
-
-    def _phase(self, event: RunPhase) -> None:
-        if event.finished:
-            if not is_trivial(event):
-                self.line(f"✓ {phase_text(event, self._language)}")
-            else:
-                self._clear()
-        elif self._is_terminal:
-            self._clear()
-            shown = f"… {phase_text(event, self._language)}"
-            print(shown, end="", file=self._err, flush=True)
-            self._drawn = len(shown)
-
-    def _clear(self) -> None:
-        if self._drawn:
-            print(f"\r{' ' * self._drawn}\r", end="", file=self._err, flush=True)
-            self._drawn = 0

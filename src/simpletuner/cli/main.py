@@ -26,6 +26,7 @@ COMMANDS = (
     "resize",
     "inspect",
     "config",
+    "dataset",
     "examples",
     "runs",
 )

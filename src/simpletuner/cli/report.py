@@ -28,6 +28,26 @@ def print_problems(problems: Iterable[Problem], language: str, *, out: TextIO | 
         print("\n\n".join(blocks), file=out)
 
 
+def problems_as_data(problems: Iterable[Problem], language: str) -> list[dict[str, object]]:
+    """The problems for programs, with their texts in the reader's language."""
+    found: list[dict[str, object]] = []
+    for problem in problems:
+        title, hint = render_problem(problem, language)
+        found.append(
+            {
+                "code": problem.code,
+                "severity": problem.severity.value,
+                "origin": problem.origin,
+                "path": problem.path,
+                "params": dict(problem.params),
+                "title": title,
+                "hint": hint,
+                "fixes": [{"key": fix.key, "value": fix.value} for fix in problem.fixes],
+            }
+        )
+    return found
+
+
 def problem_block(problem: Problem, language: str, *, colored: bool = False, width: int | None = None) -> Iterator[str]:
     """The lines of one problem; its sentences broken between words at `width`, where there is one."""
     mark = _MARKS[problem.severity]

@@ -62,7 +62,25 @@ def run(argv: Sequence[str], language: str) -> int:
                     reason="override.memory_plan",
                 )
             )
+        if own.cache_only:
+            return _fill_caches(loaded, recorder, stop, language, as_json=log_format == "json")
         return _train(loaded, recorder, stop, language)
+
+
+def _fill_caches(
+    loaded: LoadedConfig, recorder: RunRecorder, stop: StopRequest, language: str, *, as_json: bool
+) -> int:
+    """End where the training would begin."""
+    from simpletuner.cli.dataset import print_cached
+
+    with stop.interruptible():
+        with recorder.phase("environment"):
+            from simpletuner.train.caching import fill_caches
+
+        summary = fill_caches(loaded, run=recorder)
+    recorder.finish(reason="cache-only")
+    print_cached(summary, language, as_json=as_json)
+    return 0
 
 
 def _train(loaded: LoadedConfig, recorder: RunRecorder, stop: StopRequest, language: str) -> int:
@@ -83,5 +101,6 @@ def _train(loaded: LoadedConfig, recorder: RunRecorder, stop: StopRequest, langu
 
 def _own_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--cache-only", "--cache_only", action="store_true")
     parser.add_argument("--log-format", choices=("auto", "rich", "plain", "json"), default="auto")
     return parser

@@ -53,7 +53,12 @@ def _colours(image: Image.Image, profile: bytes | None) -> Image.Image:
     if image.mode not in _PROFILED_MODES:
         image = image.convert("L" if image.mode == "1" else "RGB")
     transform = _transform(profile, image.mode) if profile else None
-    return image.convert("RGB") if transform is None else _applied(transform, image)
+    if transform is None:
+        return image.convert("RGB")
+    if image.mode == "L":
+        levels = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+        return Image.fromarray(np.asarray(_applied(transform, levels))[0][np.asarray(image)])
+    return _applied(transform, image)
 
 
 def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
@@ -65,6 +70,8 @@ def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From the profile to sRGB; None if there is nothing to do, or the profile is damaged or for other channels."""
+    # What is precalculated for grey misses dark shades by ten levels. Slow without, but it is asked 256 shades only.
+    exactness = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         transform = ImageCms.buildTransform(
@@ -73,7 +80,7 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
             mode,
             "RGB",
             renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION | exactness,
         )
     except (ImageCms.PyCMSError, OSError):
         return None

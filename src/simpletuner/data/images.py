@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if _HAS_AVI
 MAX_PIXELS = 178_956_970
 """Larger pictures are refused from their header: PIL's own bound, 3 bytes of which are 512 MiB."""
 
+_TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} megapixels"
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,9 +62,9 @@ _PNG_EXIF_KEYS = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
 _TIFF_DATA_TAGS = ((273, 279), (324, 325))
 """Where strips or tiles start, and how long they are."""
 _START_BYTES = 16
-_JPEG_TAIL_BYTES = 4096
-_PNG_TAIL_BYTES = 1 << 16
-_GIF_TAIL_BYTES = 16
+_PNG_TAIL_BYTES = 1 << 14
+_TAIL_BYTES = {"JPEG": 1 << 12, "MPO": 1 << 12, "PNG": _PNG_TAIL_BYTES, "GIF": 16}
+"""How much of a file's end is looked at, by format."""
 _JPEG_END, _GIF_END = b"\xff\xd9", b"\x3b"
 _DECODER_ERRORS = (
     OSError,
@@ -75,6 +77,7 @@ _DECODER_ERRORS = (
     TypeError,
     AttributeError,
     ArithmeticError,
+    RuntimeError,
     MemoryError,
     Image.DecompressionBombError,
 )
@@ -102,10 +105,10 @@ def read_header(stream: BinaryIO) -> ImageHeader:
         size_bytes = stream.seek(0, 2)
         with Image.open(stream, formats=_FORMATS) as image:
             _check_area(image.size)
-            traits = _traits(image)
-            orientation = _orientation(image, _tail(stream, _PNG_TAIL_BYTES) if image.format == "PNG" else b"")
-            is_cut_off = _may_be_cut_off(image, stream, size_bytes)
-            size = image.size
+            size, traits = image.size, _traits(image)
+            tail = _tail(stream, _TAIL_BYTES.get(image.format or "", 0))
+            orientation = _orientation(image, tail)
+            is_cut_off = _may_be_cut_off(image, tail, size_bytes)
         if is_cut_off:
             _decode_to_be_sure(stream)
     return _upright(size, traits, orientation)
@@ -152,9 +155,15 @@ def without_decoder_warnings() -> Iterator[None]:
 
     For the main thread, around all decoding: the filter is the whole process's.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -212,8 +221,7 @@ def _upright(size: Size, traits: set[Trait], orientation: int) -> ImageHeader:
 
 def _check_area(size: Size) -> None:
     if size[0] * size[1] > MAX_PIXELS:
-        limit = MAX_PIXELS // 1_000_000
-        raise UnreadableImageError(f"{size[0]}x{size[1]} px, more than {limit} megapixels")
+        raise UnreadableImageError(f"{size[0]}x{size[1]} px: {_TOO_LARGE}")
 
 
 def _decode_to_be_sure(stream: BinaryIO) -> None:
@@ -235,11 +243,18 @@ def _traits(image: Image.Image) -> set[Trait]:
         "grey": image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;16"),
         "palette": image.mode in ("P", "PA"),
         "profile": changes_colours(image.info.get("icc_profile"), image.mode),
-        # An MPO's other pictures are a preview, a depth or a gain map.
-        "animated": image.format != "MPO" and bool(getattr(image, "is_animated", False)),
+        "animated": _is_animated(image),
         "rotated": image.format == "TIFF" and _tiff_orientation(image) != 1,
     }
     return {name for name, is_so in has.items() if is_so}
+
+
+def _is_animated(image: Image.Image) -> bool:
+    if image.format == "MPO":
+        return False  # Its other pictures are a preview, a depth or a gain map.
+    if image.format == "GIF":
+        return bool(image.info.keys() & {"loop", "duration"})  # PIL would read on to the second picture.
+    return bool(getattr(image, "is_animated", False))
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -281,14 +296,14 @@ def _exif_orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in _TRANSPOSE else 1
 
 
-def _may_be_cut_off(image: Image.Image, stream: BinaryIO, size_bytes: int) -> bool:
+def _may_be_cut_off(image: Image.Image, tail: bytes, size_bytes: int) -> bool:
     """Whether the end of the file is missing: always so in a truncated one, rarely so in a whole one."""
     if image.format in ("JPEG", "MPO"):
-        return _JPEG_END not in _tail(stream, _JPEG_TAIL_BYTES)
+        return _JPEG_END not in tail
     if image.format == "PNG":
-        return not png_is_whole(_tail(stream, _PNG_TAIL_BYTES))
+        return not png_is_whole(tail)
     if image.format == "GIF":
-        return not _tail(stream, _GIF_TAIL_BYTES).rstrip(b"\0").endswith(_GIF_END)
+        return not tail.rstrip(b"\0").endswith(_GIF_END)
     if image.format in ("BMP", "TIFF"):
         return _last_byte(image) > size_bytes
     return False
@@ -312,5 +327,5 @@ def _last_byte(image: Image.Image) -> int:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error)
+    text = _TOO_LARGE if isinstance(error, Image.DecompressionBombError) else str(error)
     return "not an image file" if "cannot identify" in text else text or type(error).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -71,31 +71,99 @@ def build_plan(
         sampling: what a dataset's share of the batches follows.
     Raises: DatasetError with every problem of every dataset.
     """
+    found = find_images(specs, cache_dir=cache_dir, on_progress=on_progress, max_workers=max_workers)
+    datasets, problems = plan_datasets(specs, found, seed=seed, batch_size=batch_size)
+    if problems:
+        raise DatasetError([*problems, *_skipped_warnings(specs, found.scans)])
+    return make_plan(datasets, sampling)
+
+
+def make_plan(datasets: Sequence[DatasetPlan], sampling: Sampling) -> Plan:
+    """The plan of a run that uses these datasets."""
+    return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets, sampling), sampling=sampling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundImages:
+    """What there is in the places of several datasets. `problems`: what cannot be listed or read."""
+
+    scans: Mapping[str, Scan]
+    """By storage id."""
+    texts: Mapping[str, Mapping[str, bytes]]
+    """Caption files by key, by storage id, where they are wanted."""
+    tables: Mapping[str, Mapping[str, TableRow]]
+    """Rows by key, by dataset id."""
+    problems: tuple[Problem, ...]
+
+    def has(self, spec: DatasetSpec) -> bool:
+        """Whether everything that a dataset needs was found."""
+        place = spec.storage.id
+        has_table = spec.table is None or spec.id in self.tables
+        has_texts = not needs_texts(spec.captions) or place in self.texts
+        return place in self.scans and has_table and has_texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SortedImages:
+    """The images of one dataset: in buckets, left out by its options, or without a caption."""
+
+    buckets: tuple[Bucket, ...]
+    dropped: tuple[Dropped, ...]
+    bad_captions: tuple[BadCaption, ...]
+
+
+def find_images(
+    specs: Sequence[DatasetSpec], *, cache_dir: Path, on_progress: Progress, max_workers: int | None = None
+) -> FoundImages:
+    """List every place, and read the tables, headers and caption files that are not known yet. See `build_plan`."""
     problems: list[Problem] = []
     listings = list_storages(specs, problems, cache_dir)
     tables = _read_tables(specs, listings, problems)
-    datasets: list[DatasetPlan] = []
     with open_index(cache_dir) as index:
         scans = _scan_storages(specs, listings, tables, index, problems, on_progress, max_workers)
         texts = _read_texts(specs, scans, index, problems, max_workers)
-    problems += _unreadable_problems(specs, scans)
-    for spec in specs:
-        place = spec.storage.id
-        has_table = spec.table is None or spec.id in tables
-        has_texts = not needs_texts(spec.captions) or place in texts
-        if place in scans and has_table and has_texts:
-            found = _plan_dataset(
-                spec, scans[place], texts.get(place, {}), tables.get(spec.id, {}), seed=seed, batch_size=batch_size
-            )
-            if isinstance(found, DatasetPlan):
-                datasets.append(found)
-            else:
-                problems += found
+    return FoundImages(scans=scans, texts=texts, tables=tables, problems=tuple(problems))
+
+
+def plan_datasets(
+    specs: Sequence[DatasetSpec], found: FoundImages, *, seed: int, batch_size: int
+) -> tuple[tuple[DatasetPlan, ...], list[Problem]]:
+    """The datasets that a run can use, and everything that keeps it from starting. See `build_plan`."""
+    problems = [*found.problems, *_unreadable_problems(specs, found.scans)]
+    datasets: list[DatasetPlan] = []
+    for spec in filter(found.has, specs):
+        planned = _plan_dataset(spec, found, seed=seed, batch_size=batch_size)
+        if isinstance(planned, DatasetPlan):
+            datasets.append(planned)
+        else:
+            problems += planned
     if not problems and not any(dataset.probability > 0 for dataset in datasets):
         problems.append(Problem(code="E-DATASET-NONE", params={"count": len(specs)}))
-    if problems:
-        raise DatasetError(problems)
-    return Plan(datasets=tuple(datasets), fingerprint=_fingerprint(datasets, sampling), sampling=sampling)
+    return tuple(datasets), problems
+
+
+def sort_images(spec: DatasetSpec, found: FoundImages, *, seed: int) -> SortedImages:
+    """Which images of a dataset that was found are used, at what size and with which captions."""
+    place = spec.storage.id
+    texts, rows = found.texts.get(place, {}), found.tables.get(spec.id, {})
+    used, dropped = _select(spec, found.scans[place].records, seed=seed)
+    by_size: dict[Size, list[Sample]] = defaultdict(list)
+    bad_captions: list[BadCaption] = []
+    for record, geometry in used:
+        captions = read_captions(record.key, spec.captions, texts, rows)
+        if isinstance(captions, BadCaption):
+            bad_captions.append(captions)
+            continue
+        sample = Sample(dataset_id=spec.id, record=record, geometry=geometry, captions=captions)
+        by_size[geometry.target].append(sample)
+    return SortedImages(
+        buckets=tuple(
+            Bucket(size=size, samples=tuple(sorted(samples, key=lambda s: s.record.key)))
+            for size, samples in sorted(by_size.items())
+        ),
+        dropped=tuple(dropped),
+        bad_captions=tuple(bad_captions),
+    )
 
 
 def has_kept_listing(spec: DatasetSpec, cache_dir: Path) -> bool:
@@ -234,37 +302,18 @@ def _report(on_progress: Progress, before: int, total: int, done: int, _total_of
     on_progress(before + done, total)
 
 
-def _plan_dataset(
-    spec: DatasetSpec,
-    found: Scan,
-    texts: Mapping[str, bytes],
-    rows: Mapping[str, TableRow],
-    *,
-    seed: int,
-    batch_size: int,
-) -> DatasetPlan | list[Problem]:
+def _plan_dataset(spec: DatasetSpec, found: FoundImages, *, seed: int, batch_size: int) -> DatasetPlan | list[Problem]:
+    scanned = found.scans[spec.storage.id]
     if lacks_instance_prompt(spec.captions):
         return [Problem(code="E-CAPTION-NO-INSTANCE-PROMPT", params={"id": spec.id})]
-    if not found.listing.images:
-        return [_empty_problem(spec, found.listing)]
-    used, dropped = _select(spec, found.records, seed=seed)
-    if not used:
-        return [_all_dropped_problem(spec, found, dropped)] if found.records else []
-    by_size: dict[Size, list[Sample]] = defaultdict(list)
-    bad_captions: list[BadCaption] = []
-    for record, geometry in used:
-        captions = read_captions(record.key, spec.captions, texts, rows)
-        if isinstance(captions, BadCaption):
-            bad_captions.append(captions)
-            continue
-        sample = Sample(dataset_id=spec.id, record=record, geometry=geometry, captions=captions)
-        by_size[geometry.target].append(sample)
-    if bad_captions:
-        return _caption_problems(spec, bad_captions)
-    buckets = tuple(
-        Bucket(size=size, samples=tuple(sorted(samples, key=lambda s: s.record.key)))
-        for size, samples in sorted(by_size.items())
-    )
+    if not scanned.listing.images:
+        return [_empty_problem(spec, scanned.listing)]
+    in_order = sort_images(spec, found, seed=seed)
+    if in_order.bad_captions:
+        return _caption_problems(spec, in_order.bad_captions)
+    buckets, dropped = in_order.buckets, list(in_order.dropped)
+    if not buckets:
+        return [_all_dropped_problem(spec, scanned, dropped)] if scanned.records else []
     batch_size = spec.train_batch_size or batch_size
     settled = settle(buckets, spec, batch_size)
     if isinstance(settled, TooFew):
@@ -283,7 +332,7 @@ def _plan_dataset(
         is_regularisation=spec.is_regularisation_data,
         caption_dropout_probability=spec.caption_dropout_probability,
         dropped=tuple(dropped),
-        unreadable=found.unreadable,
+        unreadable=scanned.unreadable,
         batch_size=spec.train_batch_size,
         batch_mixing=spec.batch_mixing,
         takes_fresh_crops=spec.takes_fresh_crops,
@@ -375,14 +424,26 @@ def shown_names(names: Sequence[str]) -> str:
 
 def _unreadable_problems(specs: Sequence[DatasetSpec], scans: Mapping[str, Scan]) -> list[Problem]:
     """Errors for images that cannot be read: where a dataset does not skip them, or where they are all there is."""
-    problems: dict[str, Problem] = {}
-    for spec in specs:
-        found = scans.get(spec.storage.id)
-        if found is not None and found.unreadable and not (spec.skips_unreadable and found.records):
-            problems[spec.storage.id] = _unreadable_problem(
-                found.storage, found.unreadable, code="E-IMAGE-UNREADABLE", severity=Severity.ERROR
-            )
-    return list(problems.values())
+    return [
+        _unreadable_problem(found.storage, found.unreadable, code="E-IMAGE-UNREADABLE", severity=Severity.ERROR)
+        for found in scans.values()
+        if found.unreadable and not _skips(specs, found)
+    ]
+
+
+def _skipped_warnings(specs: Sequence[DatasetSpec], scans: Mapping[str, Scan]) -> list[Problem]:
+    """What to say beside errors of those that would have been left out."""
+    return [
+        _unreadable_problem(found.storage, found.unreadable, code="W-IMAGE-UNREADABLE", severity=Severity.WARNING)
+        for found in scans.values()
+        if found.unreadable and _skips(specs, found)
+    ]
+
+
+def _skips(specs: Sequence[DatasetSpec], found: Scan) -> bool:
+    """Whether all datasets of a storage leave out what cannot be read, and something is left."""
+    users = (spec for spec in specs if spec.storage.id == found.storage.id)
+    return bool(found.records) and all(spec.skips_unreadable for spec in users)
 
 
 def _unreadable_problem(

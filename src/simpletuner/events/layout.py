@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from simpletuner.events import formats
 from simpletuner.events import types as t
 from simpletuner.events.eta import round_remaining
-from simpletuner.events.text import NOTABLE_S, is_trivial, phase_amount, phase_label
+from simpletuner.events.text import NOTABLE_S, is_trivial, phase_amount, phase_label, phase_news, phase_pace
 from simpletuner.events.view import RunView
 from simpletuner.i18n import text
 
@@ -81,7 +81,8 @@ def training_rows(view: RunView, width: int, language: str, glyphs: Glyphs) -> l
 def phase_row(phase: t.RunPhase, elapsed_s: float, width: int, language: str, glyphs: Glyphs) -> Row:
     """One row for the phase that is under way: a bar if its size is known, a spinner otherwise."""
     label = phase_label(phase.key, language)
-    figures = [phase_amount(phase, language), formats.duration(elapsed_s, language), phase.detail or ""]
+    pace = phase_pace(phase, elapsed_s, language)
+    figures = [phase_amount(phase, language), *pace, formats.duration(elapsed_s, language), phase.detail or ""]
     figures = [figure for figure in figures if figure]
     if phase.total:
         head: Row = [(f"{_INDENT}{label}", "label")]
@@ -110,7 +111,7 @@ def finished_rows(phases: Sequence[t.RunPhase], width: int, language: str, glyph
             continue
         amount = phase_amount(phase, language, with_unit=False)
         seconds = formats.duration(phase.elapsed_s, language) if phase.elapsed_s >= NOTABLE_S else ""
-        figures = "".join(f" {figure}" for figure in (amount, seconds) if figure)
+        figures = "".join(f" {figure}" for figure in (amount, *phase_news(phase, language), seconds) if figure)
         label = phase_label(phase.key, language)
         entry: Row = [(f"{glyphs.icons['ok']} ", "good"), (label, "plain"), (figures, "dim")]
         if rows and row_width(rows[-1]) + len(_GAP) + row_width(entry) <= min(width, MAX_WIDTH):

@@ -69,19 +69,24 @@ class PhaseProgress:
     def __init__(self, emit: Callable[[t.Event], None], event: t.RunPhase) -> None:
         self._emit = emit
         self._event = event
+        self._is_begun = False
         self._begin = self._last_sent = time.monotonic()
         emit(event)
 
     def advance(self, amount: int = 1, *, detail: str | None = None) -> None:
         """`amount` more are done."""
+        self._is_begun = True
         self.update(self._event.done + amount, detail=detail)
 
     def update(self, done: int, *, total: int | None = None, detail: str | None = None) -> None:
-        """`done` in all are done. Cheap: at most two per second are passed on."""
+        """`done` in all are done; what the first call says was done before. At most two per second are passed on."""
         total = self._event.total if total is None else total
-        self._event = replace(self._event, done=done, total=total, detail=detail)
+        is_first = not self._is_begun
+        before = done if is_first else self._event.before
+        self._is_begun = True
+        self._event = replace(self._event, done=done, before=before, total=total, detail=detail)
         now = time.monotonic()
-        if now - self._last_sent >= PROGRESS_INTERVAL_S:
+        if is_first or now - self._last_sent >= PROGRESS_INTERVAL_S:
             self._last_sent = now
             self._emit(replace(self._event, elapsed_s=now - self._begin))
 

@@ -29,6 +29,7 @@ _BANNER_ROWS = ("model", "data", "precision", "device", "estimate", "plan", "val
 Icon: TypeAlias = Literal["", "ok", "warning", "error", "saved", "images", "stop"]
 
 _SHORT_BUCKET = "short_bucket"
+_PACE_FROM_COUNT, _PACE_FROM_S = 2, 2.0
 _SEVERITIES: Mapping[Severity, tuple[t.Level, Icon]] = {
     Severity.ERROR: ("error", "error"),
     Severity.WARNING: ("warning", "warning"),
@@ -313,6 +314,7 @@ def phase_label(key: str, language: str) -> str:
 def phase_text(phase: t.RunPhase, language: str) -> str:
     """ "latents: 12/24 images, 3.1 s"."""
     figures = [phase_amount(phase, language), formats.duration(phase.elapsed_s, language)]
+    figures[1:1] = phase_news(phase, language) if phase.finished else phase_pace(phase, phase.elapsed_s, language)
     return f"{phase_label(phase.key, language)}: {', '.join(figure for figure in figures if figure)}"
 
 
@@ -332,6 +334,28 @@ def phase_amount(phase: t.RunPhase, language: str, *, with_unit: bool = True) ->
         known_text(f"console.unit.{phase.unit}", language, {}, fallback=phase.unit) if phase.unit and with_unit else ""
     )
     return f"{phase.done}/{phase.total} {'' if unit == phase_label(phase.key, language) else unit}".rstrip()
+
+
+def phase_pace(phase: t.RunPhase, elapsed_s: float, language: str) -> list[str]:
+    """ "23/s" and "3 m left", once there is something to go by; what a cache had does not count."""
+    made = phase.done - phase.before
+    if phase.total is None or made < _PACE_FROM_COUNT or elapsed_s < _PACE_FROM_S:
+        return []
+    rate = made / elapsed_s
+    speed = formats.size(rate, language) if phase.unit == "bytes" else formats.significant(rate, language)
+    left_s = (phase.total - phase.done) / rate
+    if left_s <= 0:
+        return [f"{speed}/s"]
+    duration = formats.rounded_duration(round_remaining(left_s))
+    return [f"{speed}/s", text("console.left", language, duration=duration)]
+
+
+def phase_news(phase: t.RunPhase, language: str) -> list[str]:
+    """ "new: 3" or "nothing new" of a finished phase that found some of its work done before."""
+    if phase.before == 0:
+        return []
+    made = phase.done - phase.before
+    return [text("console.phase.new", language, n=made) if made else text("console.phase.nothing_new", language)]
 
 
 def plural(noun: str, count: int, language: str) -> str:
@@ -425,7 +449,8 @@ def _estimate(plan: t.RunPlanned, language: str) -> str:
 def _ending(event: t.RunFinished, resumed: t.RunResumed | None, language: str) -> Line:
     values = {"step": event.step, "duration": formats.duration(event.seconds, language), "reason": event.reason or "?"}
     if event.state == "done":
-        return Line(text=text("console.done", language, **values), icon="ok")
+        key = "console.done.cached" if event.reason == "cache-only" else "console.done"
+        return Line(text=text(key, language, **values), icon="ok")
     if event.state == "failed":
         return Line(text=text("console.failed", language, **values), level="error", icon="error")
     saved = event.exit_code == ExitCode.STOPPED

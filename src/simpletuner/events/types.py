@@ -94,6 +94,7 @@ class RunPhase(Event):
     done: int = 0
     total: int | None = None
     unit: str | None = None  # "images", "bytes", ...: the text `console.unit.<unit>`
+    before: int = 0  # of `done`, what was there when the phase began
     elapsed_s: float = 0.0
     detail: str | None = None  # what it works on right now: a file name, a download
     finished: bool = False

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,14 +68,13 @@ from simpletuner.train.prepare import (
     fill_mask_cache,
     fill_prompt_cache,
     free_memory,
-    prompt_groups,
+    run_prompts,
 )
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
-from simpletuner.train.start import Start, plan_again
+from simpletuner.train.start import Start, plan_again, validation_prompts
 from simpletuner.train.step import MicroBatch, StepResult, train_step
 from simpletuner.train.trained import Trained
-from simpletuner.validation.requests import ImageRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,15 +261,12 @@ class _Run:
         """Announce the run and fill its caches; the start that it has once all images are known to be whole."""
         config, datasets, start = self._config, self._loaded.datasets, self._start
         while True:
-            plan, held_out = start.plan, start.held_out
+            plan, held_out = start.plan, start.held_out.plan
             account.look_at(plan, start.total_steps)
             self._announce(start, compute, account.expected(), start_step=start_step)
             account.meter.enter("prompts")
             prompts = fill_prompt_cache(
-                [
-                    *prompt_groups(plan, datasets, self._prompts_of(start.requests)),
-                    *(prompt_groups(held_out.plan, datasets) if held_out is not None else ()),
-                ],
+                run_prompts(plan, held_out, datasets, validation_prompts(config, start.requests)),
                 config=config,
                 files=files,
                 compute=compute,
@@ -279,7 +275,8 @@ class _Run:
             account.meter.enter("latents")
             try:
                 latents = fill_latent_cache(
-                    [plan, *([held_out.plan] if held_out is not None else [])],
+                    plan,
+                    held_out,
                     config=config,
                     datasets=datasets,
                     vae=vae,
@@ -299,7 +296,7 @@ class _Run:
         if files and config.flow.masked_loss_probability:
             store = fill_mask_cache(start.plan, files, config=config, datasets=datasets, run=self._run)
             draw = MaskDraw(store=store, probability=config.flow.masked_loss_probability, seed=config.run.seed)
-        if start.held_out is None:
+        if not start.held_out.sets:
             return draw, None
         store = fill_mask_cache(start.held_out.plan, files, config=config, datasets=datasets, run=self._run)
         return draw, HeldOutData(sets=start.held_out.sets, latents=latents, masks=store)
@@ -383,13 +380,6 @@ class _Run:
             )
         )
 
-    def _prompts_of(self, requests: Sequence[ImageRequest]) -> list[str]:
-        """What images are made from."""
-        prompts = {request.prompt.text for request in requests}
-        if requests and self._config.validation.validation_guidance > 0:
-            prompts.add(self._config.validation.validation_negative_prompt)
-        return sorted(prompts)
-
     def _loop_settings(self, start: Start, *, start_step: int) -> LoopSettings:
         config = self._config
         return LoopSettings(
@@ -405,7 +395,7 @@ class _Run:
 
     def _evaluation_interval(self, start: Start) -> int | None:
         """Updates from one evaluation to the next; None where nothing is evaluated."""
-        if start.held_out is None:
+        if not start.held_out.sets:
             return None
         updates_per_epoch = start.sampler.batches_per_epoch / self._config.optimizer.gradient_accumulation_steps
         return evaluation_interval(self._config.validation, updates_per_epoch=updates_per_epoch)

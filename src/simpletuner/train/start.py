@@ -24,7 +24,7 @@ from simpletuner.data.spec import AspectChoice, CaptionSpec, CropStyle, DatasetS
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.hub import HubStorage
 from simpletuner.data.storages.urls import UrlStorage
-from simpletuner.events.progress import PhaseProgress
+from simpletuner.events.progress import PhaseProgress, Reporter
 from simpletuner.events.run_directory import RunRecorder
 from simpletuner.events.types import (
     BucketCount,
@@ -50,7 +50,7 @@ class Start:
     plan: Plan
     sampler: Sampler
     total_steps: int
-    held_out: HeldOut | None = None
+    held_out: HeldOut = field(default_factory=HeldOut)
     masks: Mapping[str, MaskFiles] = field(default_factory=dict)
 
 
@@ -69,7 +69,7 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
     if checkpoint is not None:
         run.emit(RunResumed(step=checkpoint.step, path=_shown(checkpoint.path, output_dir)))
     requests = image_requests(loaded.config)
-    config = _with_seed(loaded.config, checkpoint, run)
+    config = with_seed(loaded.config, checkpoint, run)
     found = find_data(config, loaded.datasets, run)
     sampler = make_sampler(config, found.plan)
     total_steps = total_updates(config, sampler)
@@ -134,23 +134,31 @@ def image_requests(config: Config) -> tuple[ImageRequest, ...]:
     )
 
 
+def validation_prompts(config: Config, requests: Sequence[ImageRequest]) -> list[str]:
+    """The texts that images are made from: their prompts, and the negative prompt where guidance needs it."""
+    prompts = {request.prompt.text for request in requests}
+    if requests and config.validation.validation_guidance > 0:
+        prompts.add(config.validation.validation_negative_prompt)
+    return sorted(prompts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FoundData:
     """What a run trains on and is measured by. `masks`: by dataset."""
 
     plan: Plan
-    held_out: HeldOut | None
+    held_out: HeldOut
     masks: Mapping[str, MaskFiles]
 
 
-def find_data(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> FoundData:
+def find_data(config: Config, datasets: DatasetsConfig, run: Reporter) -> FoundData:
     """Find images, held-out images and masks.
 
     Raises:
         DatasetError: with every problem of all images; of the masks if there is none of those.
     """
     problems: list[Problem] = []
-    plan, held_out = Plan(datasets=(), fingerprint=""), None
+    plan, held_out = Plan(datasets=(), fingerprint=""), HeldOut()
     try:
         plan = scan_datasets(config, datasets, run)
     except DatasetError as error:
@@ -161,13 +169,13 @@ def find_data(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> Fou
         problems += error.problems
     if problems:
         raise DatasetError(problems)
-    for problem in trained_warnings(held_out, plan) if held_out is not None else ():
+    for problem in trained_warnings(held_out, plan):
         run.emit(ProblemReported(problem=problem))
     return FoundData(plan=plan, held_out=held_out, masks=scan_masks(config, datasets, plan, held_out, run))
 
 
-def scan_held_out(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> HeldOut | None:
-    """Find the images that the loss is measured on; None if it is not measured.
+def scan_held_out(config: Config, datasets: DatasetsConfig, run: Reporter) -> HeldOut:
+    """Find the images that the loss is measured on; none if it is not measured.
 
     Raises:
         DatasetError: as of `scan_datasets`.
@@ -175,7 +183,7 @@ def scan_held_out(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
     options = config.validation
     chosen = [dataset for dataset in datasets.evals if options.eval_dataset_id in (None, dataset.id)]
     if options.eval_loss_disable or not chosen:
-        return None
+        return HeldOut()
     specs = [_held_out_spec(dataset_spec(dataset, config, datasets.embeds_of(dataset))) for dataset in chosen]
     plan = _scan(specs, config, run)
     return choose_held_out(plan, num_images=options.num_eval_images, is_pooled=options.eval_dataset_pooling)
@@ -197,7 +205,7 @@ def _held_out_spec(spec: DatasetSpec) -> DatasetSpec:
 
 
 def scan_masks(
-    config: Config, datasets: DatasetsConfig, plan: Plan, held_out: HeldOut | None, run: RunRecorder
+    config: Config, datasets: DatasetsConfig, plan: Plan, held_out: HeldOut, run: Reporter
 ) -> dict[str, MaskFiles]:
     """Find the masks of all images that have one.
 
@@ -208,11 +216,10 @@ def scan_masks(
     specs = {name: dataset_spec(masks, config, datasets.text_embeds) for name, masks in named if masks is not None}
     if not specs:
         return {}
-    more = held_out.plan.datasets if held_out is not None else ()
     fetch_images(tuple({spec.id: spec for spec in specs.values()}.values()), Path(config.data.cache_dir), run)
     with run.phase("mask_files", unit="files") as progress:
         return pair_masks(
-            replace(plan, datasets=(*plan.datasets, *more)),
+            replace(plan, datasets=(*plan.datasets, *held_out.plan.datasets)),
             specs,
             cache_dir=Path(config.data.cache_dir),
             on_progress=lambda done, total: progress.update(done, total=total),
@@ -220,7 +227,7 @@ def scan_masks(
         )
 
 
-def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) -> Plan:
+def scan_datasets(config: Config, datasets: DatasetsConfig, run: Reporter) -> Plan:
     """Find the images and sort them into buckets.
 
     Raises:
@@ -230,7 +237,7 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: RunRecorder) ->
     return _scan(specs, config, run)
 
 
-def _scan(specs: Sequence[DatasetSpec], config: Config, run: RunRecorder) -> Plan:
+def _scan(specs: Sequence[DatasetSpec], config: Config, run: Reporter) -> Plan:
     fetch_images(specs, Path(config.data.cache_dir), run)
     with run.phase("scan", unit="images") as progress:
         plan = build_plan(
@@ -249,7 +256,7 @@ def _scan(specs: Sequence[DatasetSpec], config: Config, run: RunRecorder) -> Pla
     return plan
 
 
-def fetch_images(specs: Sequence[DatasetSpec], cache_dir: Path, run: RunRecorder) -> None:
+def fetch_images(specs: Sequence[DatasetSpec], cache_dir: Path, run: Reporter) -> None:
     """Bring what is not on this machine to where it can be listed.
 
     Raises:
@@ -395,7 +402,7 @@ def _shuffle(options: CaptionShuffle | None, *, seed: int) -> ShuffleSpec | None
     )
 
 
-def _with_seed(config: Config, checkpoint: Checkpoint | None, run: RunRecorder) -> Config:
+def with_seed(config: Config, checkpoint: Checkpoint | None, run: Reporter) -> Config:
     """The configuration with the seed -1 replaced by the checkpoint's, or by one drawn now."""
     if config.run.seed >= 0:
         return config

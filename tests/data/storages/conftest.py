@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -107,30 +108,16 @@ def gone_url() -> str:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket of an S3 server."""
+    """A bucket of an S3 server, and the keys to it. `client` may do everything."""
 
     endpoint_url: str
     name: str
+    client: Any
     key: str = "the-key"
     secret: str = "the-secret"
 
     def put(self, key: str, body: bytes) -> None:
-        self._client().put_object(Bucket=self.name, Key=key, Body=body)
-
-    def make(self) -> Bucket:
-        self._client().create_bucket(Bucket=self.name)
-        return self
-
-    def _client(self):
-        import boto3
-
-        return boto3.client(
-            "s3",
-            endpoint_url=self.endpoint_url,
-            aws_access_key_id=self.key,
-            aws_secret_access_key=self.secret,
-            region_name="us-east-1",
-        )
+        self.client.put_object(Bucket=self.name, Key=key, Body=body)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +140,18 @@ def s3_url() -> Iterator[str]:
         server.stop()
 
 
+@pytest.fixture(scope="module")
+def s3_client(s3_url: str) -> Any:
+    """What fills the buckets of the server."""
+    import boto3
+
+    keys = {"aws_access_key_id": "k", "aws_secret_access_key": "s", "region_name": "us-east-1"}
+    return boto3.client("s3", endpoint_url=s3_url, **keys)
+
+
 @pytest.fixture
-def bucket(s3_url) -> Bucket:
+def bucket(s3_url: str, s3_client: Any) -> Bucket:
     """An empty bucket of its own."""
-    return Bucket(s3_url, f"bucket-{uuid4().hex}").make()
+    name = f"bucket-{uuid4().hex}"
+    s3_client.create_bucket(Bucket=name)
+    return Bucket(s3_url, name, s3_client)

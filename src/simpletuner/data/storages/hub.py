@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.storage import FileInfo, Listing, Unreadable
 from simpletuner.data.storages.csv_table import missing_columns
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.lazy import Lazy
+from simpletuner.data.storages.patience import Patience, TransientError, patiently
 from simpletuner.data.storages.row_store import RowStore, StreamRow, in_groups
 from simpletuner.data.tables import caption_texts
 
@@ -60,6 +61,8 @@ class HubStorage:
     """Where streams are kept, each in a file of its own."""
     max_rows: int | None = None
     """Of a stream, only its first so many rows are taken."""
+    patience: Patience = field(default_factory=Patience)
+    """Above that of the library, which repeats most of what may pass by itself."""
     _rows: Lazy[_Opened] = field(default_factory=Lazy, init=False, repr=False, compare=False)
 
     @property
@@ -162,7 +165,7 @@ class HubStorage:
         return [self.image_column, *([self.caption_column] if self.caption_column else [])]
 
     def _opened(self) -> _Opened:
-        return self._rows.get(self._open)
+        return self._rows.get(lambda: patiently(self._open, patience=self.patience, place=self.id))
 
     def _open(self) -> _Opened:
         with self._explained():
@@ -212,6 +215,9 @@ class HubStorage:
 
     def _fill(self, on_progress: Callable[[int, int], None]) -> str:
         """Keep what the stream has beyond what is kept already; return the stream's identity."""
+        return patiently(lambda: self._go_on(on_progress), patience=self.patience, place=self.id)
+
+    def _go_on(self, on_progress: Callable[[int, int], None]) -> str:
         with self._explained():
             builder = self._builder()
             identity = stable_hash("stream 1", self.id, builder.hash or "")
@@ -238,16 +244,25 @@ class HubStorage:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say what an error of the libraries means. They repeat by themselves what may pass."""
+        """Say what an error of the libraries means: it may pass (TransientError), or what has to be mended."""
         import datasets
         import pyarrow as pa
         from datasets.exceptions import DatasetsError
+        from huggingface_hub.errors import HfHubHTTPError
 
+        # Of whichever http library this version of the hub library uses.
+        http_error = cast("type[Exception]", HfHubHTTPError.__mro__[1])
         datasets.disable_progress_bars()
         try:
             yield
         except StorageError:
             raise
+        except http_error as error:
+            reason = " ".join(str(error).split())
+            answer = getattr(error, "response", None)
+            if answer is None or answer.status_code >= 500 or answer.status_code == 429:
+                raise TransientError(reason) from error
+            raise StorageError("E-STORAGE-DATASET", place=self.id, reason=reason) from error
         except (DatasetsError, pa.ArrowException, ValueError, KeyError, TypeError, OSError) as error:
             cause = error.__cause__ or error
             reason = " ".join(str(cause if isinstance(error, DatasetsError) else error).split())
