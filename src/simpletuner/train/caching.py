@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +12,14 @@ from simpletuner.config.datasets import DatasetsConfig, encodes_while_training
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.latents import PlanAgainError
+from simpletuner.data.records import Plan
 from simpletuner.events import types as t
 from simpletuner.events.progress import PhaseProgress, Reporter
 from simpletuner.train.device import choose_compute, choose_device
 from simpletuner.train.find import find_model
 from simpletuner.train.oom import is_out_of_memory, out_of_memory
-from simpletuner.train.prepare import Vae, fill_latent_cache, fill_mask_cache, fill_prompt_cache, prompt_groups
-from simpletuner.train.start import FoundData, find_data, image_prompts, image_requests, with_seed
+from simpletuner.train.prepare import Vae, fill_latent_cache, fill_mask_cache, fill_prompt_cache, run_prompts
+from simpletuner.train.start import FoundData, find_data, image_requests, validation_prompts, with_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def fill_caches(loaded: LoadedConfig, *, run: Reporter) -> CacheSummary:
     cached = [one for one in (*datasets.images, *datasets.evals) if one.id in planned - set(later)]
     embeds = [datasets.embeds_of(one) for one in (*datasets.images, *datasets.evals) if one.id in planned]
     return CacheSummary(
-        latents=counting.filled("latents"),
+        latents=counting.filled("latents", "held_out"),
         prompts=counting.filled("prompts"),
         latent_folders=tuple(sorted({Path(one.cache_dir_vae) for one in cached})),
         prompt_folders=tuple(sorted({Path(one.cache_dir) for one in (datasets.text_embeds, *embeds) if one.is_kept})),
@@ -87,17 +88,24 @@ def _fill(config: Config, datasets: DatasetsConfig, run: _Counting) -> FoundData
     if override is not None:
         run.emit(override)
     files, _ = find_model(config, run)
-    more = image_prompts(config, image_requests(config))
+    more = validation_prompts(config, image_requests(config))
     vae = Vae(config, files=files, compute=compute, run=run)
     later = _left_to_training(datasets)
     while True:
-        kept = [group for group in prompt_groups(found.plans, datasets, more) if group.directory is not None]
+        groups = run_prompts(found.plan, found.held_out.plan, datasets, more)
+        kept = [group for group in groups if group.directory is not None]
         fill_prompt_cache(kept, config=config, files=files, compute=compute, run=run)
-        now = [replace(p, datasets=tuple(one for one in p.datasets if one.id not in later)) for p in found.plans]
         try:
             with ExitStack() as cleanup:
                 fill_latent_cache(
-                    now, config=config, datasets=datasets, vae=vae, compute=compute, run=run, cleanup=cleanup
+                    _without(found.plan, later),
+                    _without(found.held_out.plan, later),
+                    config=config,
+                    datasets=datasets,
+                    vae=vae,
+                    compute=compute,
+                    run=run,
+                    cleanup=cleanup,
                 )
         except PlanAgainError:
             run.begin_again()
@@ -107,6 +115,10 @@ def _fill(config: Config, datasets: DatasetsConfig, run: _Counting) -> FoundData
     for plan in found.plans:
         fill_mask_cache(plan, found.masks, config=config, datasets=datasets, run=run)
     return found
+
+
+def _without(plan: Plan, names: Collection[str]) -> Plan:
+    return replace(plan, datasets=tuple(dataset for dataset in plan.datasets if dataset.id not in names))
 
 
 def _left_to_training(datasets: DatasetsConfig) -> tuple[str, ...]:
@@ -139,6 +151,6 @@ class _Counting:
         """All phases come once more; what was made stays made."""
         self._done.clear()
 
-    def filled(self, key: str) -> Filled:
-        """What the phases `key` came to."""
-        return Filled(total=self._done[key], made=self._made[key])
+    def filled(self, *keys: str) -> Filled:
+        """What the phases `keys` came to together."""
+        return Filled(total=sum(self._done[key] for key in keys), made=sum(self._made[key] for key in keys))
