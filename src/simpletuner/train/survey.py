@@ -9,6 +9,7 @@ from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.caption_survey import CaptionSurvey, survey_captions
+from simpletuner.data.held_out import HeldOut, trained_warnings
 from simpletuner.data.plan import FoundImages, find_images, make_plan, plan_datasets, unreadable_warnings
 from simpletuner.data.records import DatasetPlan
 from simpletuner.data.sampler import Sampler
@@ -85,6 +86,8 @@ def survey_run(loaded: LoadedConfig, *, run: Reporter, with_duplicates: bool = T
             problems += idle_warnings(config, sampler, outlook.total_steps)
         except ConfigError as error:
             problems += error.problems
+        measured = make_plan(looked.held_out, plan.sampling)
+        problems += trained_warnings(HeldOut(plan=measured), plan)
         problems += _mask_problems(loaded, looked, run)
         problems += unreadable_warnings(make_plan((*looked.training, *looked.held_out), plan.sampling))
     duplicates: tuple[SameContent, ...] = ()
@@ -189,7 +192,7 @@ def _mask_problems(loaded: LoadedConfig, looked: _Looked, run: Reporter) -> list
     config = loaded.config
     plan = make_plan((*looked.training, *looked.held_out), config.data.data_backend_sampling)
     try:
-        scan_masks(config, loaded.datasets, plan, None, run)
+        scan_masks(config, loaded.datasets, plan, HeldOut(), run)
     except DatasetError as error:
         return list(error.problems)
     return []
