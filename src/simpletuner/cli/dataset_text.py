@@ -67,7 +67,10 @@ class _Page:
         return f"{self._block * cells:{_BAR_CELLS}}"
 
     def number(self, value: float) -> str:
-        return str(int(value)) if float(value).is_integer() else formats.significant(value, self.language)
+        """Three digits, without zeros at the end."""
+        if float(value).is_integer():
+            return str(int(value))
+        return f"{value:.3g}".replace(".", "," if self.language == "es" else ".")
 
 
 def scan_lines(survey: Survey, language: str, *, shows_all: bool) -> Iterator[str]:

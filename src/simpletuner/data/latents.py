@@ -301,9 +301,11 @@ def _encode(
 ) -> list[_BadImage]:
     """Decode, encode and store; return the images that could not be decoded. Their companions are left for later."""
     bad: list[_BadImage] = []
-    num_workers = min(max_workers or os.cpu_count() or 1, _MAX_DECODERS)
+    is_remote = any(picture.storage.is_remote for job in jobs for picture in job.pictures)
+    num_workers = _MAX_DECODERS if is_remote else min(max_workers or os.cpu_count() or 1, _MAX_DECODERS)
     num_pictures = sum(len(job.pictures) for job in jobs)
-    pool = process_pool(num_workers) if num_pictures >= _PROCESSES_FROM_PICTURES else thread_pool(num_workers)
+    in_processes = num_pictures >= _PROCESSES_FROM_PICTURES and not is_remote
+    pool = process_pool(num_workers) if in_processes else thread_pool(num_workers)
     with ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
         stack.enter_context(without_decoder_warnings())

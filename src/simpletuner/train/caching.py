@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from simpletuner.config.datasets import DatasetsConfig, encodes_while_training
+from simpletuner.config.datasets import DatasetsConfig, ImageDataset, encodes_while_training
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.latents import PlanAgainError
-from simpletuner.data.records import DatasetPlan, Plan
 from simpletuner.events import types as t
 from simpletuner.events.progress import PhaseProgress, Reporter, in_phase
 from simpletuner.train.device import choose_compute, choose_device
 from simpletuner.train.find import find_model
 from simpletuner.train.oom import is_out_of_memory, out_of_memory
-from simpletuner.train.prepare import Vae, fill_latent_cache, fill_mask_cache, fill_prompt_cache, run_prompts
-from simpletuner.train.start import FoundData, find_data, image_requests, validation_prompts, with_seed
+from simpletuner.train.prepare import Vae, fill_latent_cache, fill_mask_cache, fill_prompt_cache, prompt_groups
+from simpletuner.train.start import FoundData, find_data, image_prompts, image_requests, with_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,23 +60,28 @@ def fill_caches(loaded: LoadedConfig, *, run: Reporter) -> CacheSummary:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(error, None, phase="latents") from error
-    plan, datasets = found.plan, loaded.datasets
-    planned = (*plan.datasets, *found.held_out.plan.datasets)
-    later = _left_to_training(datasets, planned)
-    caching = {one.id: one for one in (*datasets.images, *datasets.evals) if one.id not in later}
-    embeds = (datasets.text_embeds, *(datasets.embeds_of(one) for one in (*datasets.images, *datasets.evals)))
+    later = _left_to_training(loaded.datasets, found)
+    kept = {
+        Path(entry.cache_dir)
+        for entry in map(loaded.datasets.embeds_of, (*loaded.datasets.images, *loaded.datasets.evals))
+        if entry.is_kept
+    }
     return CacheSummary(
-        latents=counting.filled("latents", "held_out"),
+        latents=counting.filled("latents"),
         prompts=counting.filled("prompts"),
-        latent_folders=tuple(sorted({Path(caching[d.id].cache_dir_vae) for d in planned if d.id in caching})),
-        prompt_folders=tuple(sorted({Path(entry.cache_dir) for entry in embeds if entry.is_kept})),
-        num_unreadable=len({(d.storage.id, item.key) for d in plan.datasets for item in d.unreadable}),
+        latent_folders=tuple(
+            sorted({Path(one.cache_dir_vae) for one in _trained_or_measured(loaded.datasets) if one.id not in later})
+        ),
+        prompt_folders=tuple(sorted(kept)),
+        num_unreadable=len(
+            {(d.storage.id, item.key) for plan in found.plans for d in plan.datasets for item in d.unreadable}
+        ),
         left_to_training=later,
     )
 
 
-def _fill(config: Config, datasets: DatasetsConfig, found: FoundData, run: Reporter) -> FoundData:
-    """Fill the caches; what is found without the images that turned out to be unreadable."""
+def _fill(config: Config, datasets: DatasetsConfig, found: FoundData, run: _Counting) -> FoundData:
+    """Fill all caches; what there is without the images that turned out to be unreadable."""
     compute, override = choose_compute(
         choose_device(config.run.device),
         mixed_precision=config.memory.mixed_precision,
@@ -90,43 +93,40 @@ def _fill(config: Config, datasets: DatasetsConfig, found: FoundData, run: Repor
     requests = image_requests(config)
     vae = Vae(config, files=files, compute=compute, run=run)
     while True:
-        plan, held_out = found.plan, found.held_out.plan
+        run.begin_attempt()
+        groups = prompt_groups(found.plans, datasets, image_prompts(config, requests))
         fill_prompt_cache(
-            run_prompts(plan, held_out, datasets, validation_prompts(config, requests)),
+            [group for group in groups if group.directory is not None],
             config=config,
             files=files,
             compute=compute,
             run=run,
         )
-        later = _left_to_training(datasets, (*plan.datasets, *held_out.datasets))
+        later = _left_to_training(datasets, found)
+        now = [
+            replace(plan, datasets=tuple(dataset for dataset in plan.datasets if dataset.id not in later))
+            for plan in found.plans
+        ]
         try:
             with ExitStack() as cleanup:
                 fill_latent_cache(
-                    _without(plan, later),
-                    _without(held_out, later),
-                    config=config,
-                    datasets=datasets,
-                    vae=vae,
-                    compute=compute,
-                    run=run,
-                    cleanup=cleanup,
+                    now, config=config, datasets=datasets, vae=vae, compute=compute, run=run, cleanup=cleanup
                 )
         except PlanAgainError:
             found = find_data(config, datasets, run)
             continue
-        for one in (plan, held_out):
-            fill_mask_cache(one, found.masks, config=config, datasets=datasets, run=run)
+        for plan in found.plans if found.masks else ():
+            fill_mask_cache(plan, found.masks, config=config, datasets=datasets, run=run)
         return found
 
 
-def _without(plan: Plan, ids: Sequence[str]) -> Plan:
-    return replace(plan, datasets=tuple(dataset for dataset in plan.datasets if dataset.id not in ids))
+def _trained_or_measured(datasets: DatasetsConfig) -> tuple[ImageDataset, ...]:
+    return (*datasets.images, *datasets.evals)
 
 
-def _left_to_training(datasets: DatasetsConfig, planned: Sequence[DatasetPlan]) -> tuple[str, ...]:
-    ids = {dataset.id for dataset in planned}
-    every = (*datasets.images, *datasets.evals)
-    return tuple(one.id for one in every if one.id in ids and encodes_while_training(one))
+def _left_to_training(datasets: DatasetsConfig, found: FoundData) -> tuple[str, ...]:
+    planned = {dataset.id for plan in found.plans for dataset in plan.datasets}
+    return tuple(one.id for one in _trained_or_measured(datasets) if one.id in planned and encodes_while_training(one))
 
 
 class _Counting:
@@ -134,23 +134,34 @@ class _Counting:
 
     def __init__(self, run: Reporter) -> None:
         self._run = run
-        self._first: dict[str, t.RunPhase] = {}
-        self._last: dict[str, t.RunPhase] = {}
+        self._ends: list[t.RunPhase] = []  # the last event of each phase
+        self._attempt_begins = 0
+
+    def begin_attempt(self) -> None:
+        """What is done from here on replaces what was done before."""
+        self._attempt_begins = len(self._ends)
 
     def emit(self, event: t.Event) -> None:
         """See `Reporter`."""
         self._run.emit(event)
-        if isinstance(event, t.RunPhase) and event.total is not None:
-            self._first.setdefault(event.key, event)
-            self._last[event.key] = event
 
     def phase(
         self, key: str, total: int | None = None, *, unit: str | None = None
     ) -> AbstractContextManager[PhaseProgress]:
         """See `Reporter`."""
-        return in_phase(self.emit, t.RunPhase(key=key, total=total, unit=unit))
+        number = len(self._ends)
+        self._ends.append(t.RunPhase(key=key, total=total, unit=unit))
 
-    def filled(self, *keys: str) -> Filled:
-        """What the phases `keys` came to together."""
-        done = {key: self._last[key].done for key in keys if key in self._last}
-        return Filled(total=sum(done.values()), made=sum(done[key] - self._first[key].before for key in done))
+        def emit(event: t.Event) -> None:
+            if isinstance(event, t.RunPhase):
+                self._ends[number] = event
+            self.emit(event)
+
+        return in_phase(emit, t.RunPhase(key=key, total=total, unit=unit))
+
+    def filled(self, key: str) -> Filled:
+        """What the phases `key` came to."""
+        wanted = (event.total or 0 for event in self._ends[self._attempt_begins :] if event.key == key)
+        return Filled(
+            total=sum(wanted), made=sum(event.done - event.before for event in self._ends if event.key == key)
+        )

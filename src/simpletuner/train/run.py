@@ -68,11 +68,11 @@ from simpletuner.train.prepare import (
     fill_mask_cache,
     fill_prompt_cache,
     free_memory,
-    run_prompts,
+    prompt_groups,
 )
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
-from simpletuner.train.start import Start, plan_again, validation_prompts
+from simpletuner.train.start import Start, image_prompts, plan_again
 from simpletuner.train.step import MicroBatch, StepResult, train_step
 from simpletuner.train.trained import Trained
 
@@ -261,12 +261,11 @@ class _Run:
         """Announce the run and fill its caches; the start that it has once all images are known to be whole."""
         config, datasets, start = self._config, self._loaded.datasets, self._start
         while True:
-            plan, held_out = start.plan, start.held_out.plan
-            account.look_at(plan, start.total_steps)
+            account.look_at(start.plan, start.total_steps)
             self._announce(start, compute, account.expected(), start_step=start_step)
             account.meter.enter("prompts")
             prompts = fill_prompt_cache(
-                run_prompts(plan, held_out, datasets, validation_prompts(config, start.requests)),
+                prompt_groups(start.data.plans, datasets, image_prompts(config, start.requests)),
                 config=config,
                 files=files,
                 compute=compute,
@@ -275,8 +274,7 @@ class _Run:
             account.meter.enter("latents")
             try:
                 latents = fill_latent_cache(
-                    plan,
-                    held_out,
+                    start.data.plans,
                     config=config,
                     datasets=datasets,
                     vae=vae,
@@ -291,15 +289,16 @@ class _Run:
 
     def _fill_masks(self, start: Start, latents: Latents) -> tuple[MaskDraw | None, HeldOutData | None]:
         """What is masked in training, and what the loss is measured on."""
-        config, datasets, files = self._config, self._loaded.datasets, start.masks
+        config, datasets, files = self._config, self._loaded.datasets, start.data.masks
         draw = None
         if files and config.flow.masked_loss_probability:
             store = fill_mask_cache(start.plan, files, config=config, datasets=datasets, run=self._run)
             draw = MaskDraw(store=store, probability=config.flow.masked_loss_probability, seed=config.run.seed)
-        if not start.held_out.sets:
+        held_out = start.data.held_out
+        if held_out is None:
             return draw, None
-        store = fill_mask_cache(start.held_out.plan, files, config=config, datasets=datasets, run=self._run)
-        return draw, HeldOutData(sets=start.held_out.sets, latents=latents, masks=store)
+        store = fill_mask_cache(held_out.plan, files, config=config, datasets=datasets, run=self._run)
+        return draw, HeldOutData(sets=held_out.sets, latents=latents, masks=store)
 
     def _choose_compute(self) -> Compute:
         compute, override = choose_compute(
@@ -395,7 +394,7 @@ class _Run:
 
     def _evaluation_interval(self, start: Start) -> int | None:
         """Updates from one evaluation to the next; None where nothing is evaluated."""
-        if not start.held_out.sets:
+        if start.data.held_out is None:
             return None
         updates_per_epoch = start.sampler.batches_per_epoch / self._config.optimizer.gradient_accumulation_steps
         return evaluation_interval(self._config.validation, updates_per_epoch=updates_per_epoch)

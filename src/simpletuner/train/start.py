@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -15,7 +15,7 @@ from typing import cast
 from simpletuner.config.datasets import CaptionShuffle, DatasetsConfig, ImageDataset, TextEmbeds, takes_fresh_crops
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
-from simpletuner.data.held_out import HeldOut, choose_held_out, trained_warnings
+from simpletuner.data.held_out import HeldOut, choose_held_out
 from simpletuner.data.mask_pairs import MaskFiles, pair_masks
 from simpletuner.data.plan import build_plan, has_kept_listing, unreadable_warnings
 from simpletuner.data.records import DatasetPlan, DropReason, Plan, Size
@@ -41,17 +41,34 @@ from simpletuner.validation.requests import ImageRequest, plan_images, read_prom
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoundData:
+    """What a run trains on and is measured by. `masks`: by dataset."""
+
+    plan: Plan
+    held_out: HeldOut | None
+    masks: Mapping[str, MaskFiles]
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Of the images that are trained on, and of those that are not."""
+        return (self.plan,) if self.held_out is None else (self.plan, self.held_out.plan)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Start:
     """Where a run begins. `config` has the seed that is used; without a `checkpoint` it starts afresh."""
 
     config: Config
     requests: tuple[ImageRequest, ...]
     checkpoint: Checkpoint | None
-    plan: Plan
+    data: FoundData
     sampler: Sampler
     total_steps: int
-    held_out: HeldOut = field(default_factory=HeldOut)
-    masks: Mapping[str, MaskFiles] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained on."""
+        return self.data.plan
 
 
 def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
@@ -79,11 +96,9 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
         config=config,
         requests=requests,
         checkpoint=checkpoint,
-        plan=found.plan,
+        data=found,
         sampler=sampler,
         total_steps=total_steps,
-        held_out=found.held_out,
-        masks=found.masks,
     )
 
 
@@ -97,11 +112,9 @@ def plan_again(start: Start, datasets: DatasetsConfig, *, run: RunRecorder) -> S
     sampler = make_sampler(start.config, found.plan)
     return replace(
         start,
-        plan=found.plan,
+        data=found,
         sampler=sampler,
         total_steps=total_updates(start.config, sampler),
-        held_out=found.held_out,
-        masks=found.masks,
     )
 
 
@@ -134,21 +147,12 @@ def image_requests(config: Config) -> tuple[ImageRequest, ...]:
     )
 
 
-def validation_prompts(config: Config, requests: Sequence[ImageRequest]) -> list[str]:
-    """The texts that images are made from: their prompts, and the negative prompt where guidance needs it."""
+def image_prompts(config: Config, requests: Sequence[ImageRequest]) -> list[str]:
+    """What the images of a validation are made from."""
     prompts = {request.prompt.text for request in requests}
     if requests and config.validation.validation_guidance > 0:
         prompts.add(config.validation.validation_negative_prompt)
     return sorted(prompts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundData:
-    """What a run trains on and is measured by. `masks`: by dataset."""
-
-    plan: Plan
-    held_out: HeldOut
-    masks: Mapping[str, MaskFiles]
 
 
 def find_data(config: Config, datasets: DatasetsConfig, run: Reporter) -> FoundData:
@@ -158,7 +162,7 @@ def find_data(config: Config, datasets: DatasetsConfig, run: Reporter) -> FoundD
         DatasetError: with every problem of all images; of the masks if there is none of those.
     """
     problems: list[Problem] = []
-    plan, held_out = Plan(datasets=(), fingerprint=""), HeldOut()
+    plan, held_out = Plan(datasets=(), fingerprint=""), None
     try:
         plan = scan_datasets(config, datasets, run)
     except DatasetError as error:
@@ -169,13 +173,11 @@ def find_data(config: Config, datasets: DatasetsConfig, run: Reporter) -> FoundD
         problems += error.problems
     if problems:
         raise DatasetError(problems)
-    for problem in trained_warnings(held_out, plan):
-        run.emit(ProblemReported(problem=problem))
     return FoundData(plan=plan, held_out=held_out, masks=scan_masks(config, datasets, plan, held_out, run))
 
 
-def scan_held_out(config: Config, datasets: DatasetsConfig, run: Reporter) -> HeldOut:
-    """Find the images that the loss is measured on; none if it is not measured.
+def scan_held_out(config: Config, datasets: DatasetsConfig, run: Reporter) -> HeldOut | None:
+    """Find the images that the loss is measured on; None if it is not measured.
 
     Raises:
         DatasetError: as of `scan_datasets`.
@@ -183,7 +185,7 @@ def scan_held_out(config: Config, datasets: DatasetsConfig, run: Reporter) -> He
     options = config.validation
     chosen = [dataset for dataset in datasets.evals if options.eval_dataset_id in (None, dataset.id)]
     if options.eval_loss_disable or not chosen:
-        return HeldOut()
+        return None
     specs = [_held_out_spec(dataset_spec(dataset, config, datasets.embeds_of(dataset))) for dataset in chosen]
     plan = _scan(specs, config, run)
     return choose_held_out(plan, num_images=options.num_eval_images, is_pooled=options.eval_dataset_pooling)
@@ -205,7 +207,7 @@ def _held_out_spec(spec: DatasetSpec) -> DatasetSpec:
 
 
 def scan_masks(
-    config: Config, datasets: DatasetsConfig, plan: Plan, held_out: HeldOut, run: Reporter
+    config: Config, datasets: DatasetsConfig, plan: Plan, held_out: HeldOut | None, run: Reporter
 ) -> dict[str, MaskFiles]:
     """Find the masks of all images that have one.
 
@@ -216,10 +218,11 @@ def scan_masks(
     specs = {name: dataset_spec(masks, config, datasets.text_embeds) for name, masks in named if masks is not None}
     if not specs:
         return {}
+    more = held_out.plan.datasets if held_out is not None else ()
     fetch_images(tuple({spec.id: spec for spec in specs.values()}.values()), Path(config.data.cache_dir), run)
     with run.phase("mask_files", unit="files") as progress:
         return pair_masks(
-            replace(plan, datasets=(*plan.datasets, *held_out.plan.datasets)),
+            replace(plan, datasets=(*plan.datasets, *more)),
             specs,
             cache_dir=Path(config.data.cache_dir),
             on_progress=lambda done, total: progress.update(done, total=total),

@@ -120,7 +120,7 @@ class DataSection(Section):
     max_workers: Annotated[int, Ge(1), Opt(level="expert", shown_default="number of CPU cores")] = Field(
         default_factory=lambda: os.cpu_count() or 1
     )
-    """Threads that read and decode images."""
+    """Processes and threads that read and decode local images; what is remote is waited for in more."""
 
     dataloader_prefetch: Annotated[bool, Opt(level="expert")] = True
     """Read the next batches while the current one trains."""
