@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simpletuner.data.held_out import POOL, choose_held_out
+from simpletuner.data.held_out import POOL, choose_held_out, trained_warnings
 from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Plan, Sample
 from simpletuner.data.storage import FileInfo, LocalStorage
+from simpletuner.i18n import render_problem
+from simpletuner.problems import DatasetError, SimpletunerError
 
 
 def dataset(name: str, keys: list[str]) -> DatasetPlan:
@@ -68,3 +72,19 @@ def test_an_image_more_pushes_out_one_at_most(is_pooled):
     assert len(gone) <= 1
     more = choose_held_out(plan(a=20), num_images=9, is_pooled=is_pooled)
     assert keys(before.plan.samples()) < keys(more.plan.samples())
+
+
+def test_held_out_images_that_are_trained_on_are_told(told: Callable[[SimpletunerError], list[str]]):
+    """The same file, whatever the datasets are called; not one of the same name elsewhere."""
+    found = choose_held_out(plan(a=6, b=2), num_images=3, is_pooled=False)
+    chosen = sorted(key for name, key in keys(found.plan.samples()) if name == "a")
+    folder = {"a": "elsewhere", "b": "b"}
+    trained = plan(a=6, c=6)
+    assert trained_warnings(choose_held_out(plan(b=2), num_images=3, is_pooled=False), trained) == []
+    moved = [replace(d, storage=LocalStorage(folder=Path(folder.get(d.id, d.id)))) for d in trained.datasets]
+    assert trained_warnings(found, replace(trained, datasets=tuple(moved))) == []
+    (problem,) = trained_warnings(found, trained)
+    assert told(DatasetError([problem])) == ["W-EVAL-TRAINED"]
+    for language in ("en", "es"):
+        assert f"3 {'held' if language == 'en' else 'imagen'}" in render_problem(problem, language)[0]
+        assert ", ".join(chosen) in render_problem(problem, language)[0]

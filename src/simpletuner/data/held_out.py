@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from simpletuner.data.hashing import stable_hash
+from simpletuner.data.plan import shown_names
 from simpletuner.data.records import Bucket, DatasetPlan, Plan, Sample
+from simpletuner.problems import Problem, Severity
 
 POOL = "pool"
 """Name of the set of all datasets together."""
@@ -36,6 +38,19 @@ def choose_held_out(plan: Plan, *, num_images: int, is_pooled: bool) -> HeldOut:
     chosen = {(sample.dataset_id, sample.record.key) for one in sets for sample in one.samples}
     datasets = [_reduced(dataset, chosen) for dataset in plan.datasets]
     return HeldOut(plan=replace(plan, datasets=tuple(d for d in datasets if d.buckets)), sets=sets)
+
+
+def trained_warnings(held_out: HeldOut, plan: Plan) -> list[Problem]:
+    """One warning for each dataset of which images are trained on, too: their loss tells nothing of new images."""
+    trained = {(d.storage.id, s.record.key) for d in plan.datasets for bucket in d.buckets for s in bucket.samples}
+    problems: list[Problem] = []
+    for dataset in held_out.plan.datasets:
+        keys = sorted(s.record.key for bucket in dataset.buckets for s in bucket.samples)
+        both = [key for key in keys if (dataset.storage.id, key) in trained]
+        if both:
+            params = {"id": dataset.id, "count": len(both), "files": shown_names(both)}
+            problems.append(Problem(code="W-EVAL-TRAINED", severity=Severity.WARNING, params=params))
+    return problems
 
 
 def _choose(datasets: Sequence[DatasetPlan], count: int) -> tuple[Sample, ...]:

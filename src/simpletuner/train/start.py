@@ -15,7 +15,7 @@ from typing import cast
 from simpletuner.config.datasets import CaptionShuffle, DatasetsConfig, ImageDataset, TextEmbeds, takes_fresh_crops
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
-from simpletuner.data.held_out import HeldOut, choose_held_out
+from simpletuner.data.held_out import HeldOut, choose_held_out, trained_warnings
 from simpletuner.data.mask_pairs import MaskFiles, pair_masks
 from simpletuner.data.plan import build_plan, has_kept_listing, unreadable_warnings
 from simpletuner.data.records import DatasetPlan, DropReason, Plan, Size
@@ -173,6 +173,8 @@ def find_data(config: Config, datasets: DatasetsConfig, run: Reporter) -> FoundD
         problems += error.problems
     if problems:
         raise DatasetError(problems)
+    for problem in trained_warnings(held_out, plan) if held_out is not None else ():
+        run.emit(ProblemReported(problem=problem))
     return FoundData(plan=plan, held_out=held_out, masks=scan_masks(config, datasets, plan, held_out, run))
 
 
