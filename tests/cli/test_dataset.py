@@ -322,3 +322,21 @@ def test_the_keys_of_the_data_are_those_that_the_guide_lists(
         ("datasets", list(captions["datasets"][0])),
     ]
     assert listed[-1][0] == "cache"  # tests/e2e/test_caching.py
+
+
+def test_masks_and_held_out_images_are_looked_at_too(tmp_path: Path, report: Callable[..., Any]) -> None:
+    """What of them would end a run ends its outlook; what is only worth knowing is told beside it."""
+    folder = captioned(tmp_path / "pets")
+    masks = {"id": "masks", "dataset_type": "conditioning", "conditioning_type": "mask"}
+    masks["instance_data_dir"] = str(tmp_path / "masks")
+    for number in range(6):
+        save(tmp_path / "masks" / f"{number}.png", (128, 128) if number < 4 else (160, 96), number, mode="L")
+    held_out = an_image_dataset(folder, id="held-out", dataset_type="eval")
+    path = write_config(tmp_path, an_image_dataset(folder, conditioning_data="masks"), masks, held_out)
+    data = report("scan", str(path))
+    assert data["run"] is not None
+    assert [problem["code"] for problem in data["problems"]] == ["W-EVAL-TRAINED"]
+    (tmp_path / "masks/5.png").unlink()
+    data = report("scan", str(path), status=ExitCode.DATASET)
+    assert data["run"] is None
+    assert [problem["code"] for problem in data["problems"]] == ["W-EVAL-TRAINED", "E-MASK-MISSING"]

@@ -9,6 +9,7 @@ from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.caption_survey import CaptionSurvey, survey_captions
+from simpletuner.data.held_out import trained_warnings
 from simpletuner.data.plan import FoundImages, find_images, make_plan, plan_datasets, unreadable_warnings
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import DatasetSpec
@@ -16,7 +17,15 @@ from simpletuner.data.survey import DatasetSurvey, SameContent, find_duplicates,
 from simpletuner.events.progress import Reporter
 from simpletuner.models.z_image.tokens import find_tokenizer, token_counter
 from simpletuner.problems import ConfigError, DatasetError, Problem
-from simpletuner.train.start import dataset_spec, fetch_images, idle_warnings, make_sampler, total_updates
+from simpletuner.train.start import (
+    dataset_spec,
+    fetch_images,
+    idle_warnings,
+    make_sampler,
+    scan_held_out,
+    scan_masks,
+    total_updates,
+)
 
 _SEED_WHERE_RANDOM = 42
 
@@ -72,10 +81,13 @@ def survey_run(loaded: LoadedConfig, *, run: Reporter, with_duplicates: bool = T
         plan = make_plan(plans, config.data.data_backend_sampling)
         problems = unreadable_warnings(plan)
         try:
+            held_out = scan_held_out(config, loaded.datasets, run)
+            problems += trained_warnings(held_out, plan)
+            scan_masks(config, loaded.datasets, plan, held_out, run)
             sampler = make_sampler(config, plan)
             outlook = _outlook(config, sampler)
             problems += idle_warnings(config, sampler, outlook.total_steps)
-        except ConfigError as error:
+        except (ConfigError, DatasetError) as error:
             problems += error.problems
     duplicates: tuple[SameContent, ...] = ()
     if with_duplicates:
