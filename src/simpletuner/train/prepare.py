@@ -63,15 +63,21 @@ def prompt_group(prompts: Iterable[str], embeds: TextEmbeds) -> PromptGroup:
 
 
 def prompt_groups(plans: Sequence[Plan], datasets: DatasetsConfig, more: Iterable[str] = ()) -> list[PromptGroup]:
-    """The captions of plans, those of each dataset where it says. First what the default entry caches, with `more`:
-    prompts of no dataset."""
-    by_entry: dict[str, set[str]] = {datasets.text_embeds.id: set(more)}
+    """The captions of plans, those of each dataset where it says. `more` are prompts of no dataset, which the default
+    entry caches with the captions of the first plan.
+
+    Captions of different plans never share a call of the encoder: which images are held out changes, not even in the
+    last bit, what is learnt from the others.
+    """
+    groups: dict[tuple[int, str], set[str]] = {(0, datasets.text_embeds.id): set(more)}
     entries = {entry.id: entry for entry in (datasets.text_embeds, *datasets.other_text_embeds)}
     declared = {dataset.id: dataset for dataset in (*datasets.images, *datasets.evals)}
-    for dataset in (dataset for plan in plans for dataset in plan.datasets):
-        entry = datasets.embeds_of(declared[dataset.id])
-        by_entry.setdefault(entry.id, set()).update(Plan(datasets=(dataset,), fingerprint="").prompts())
-    return [prompt_group(prompts, entries[name]) for name, prompts in by_entry.items() if prompts]
+    for number, plan in enumerate(plans):
+        for dataset in plan.datasets:
+            entry = datasets.embeds_of(declared[dataset.id])
+            captions = Plan(datasets=(dataset,), fingerprint="").prompts()
+            groups.setdefault((number, entry.id), set()).update(captions)
+    return [prompt_group(prompts, entries[name]) for (_, name), prompts in groups.items() if prompts]
 
 
 def fill_prompt_cache(

@@ -82,7 +82,7 @@ def survey_run(loaded: LoadedConfig, *, run: Reporter, with_duplicates: bool = T
         problems = unreadable_warnings(plan)
         try:
             held_out = scan_held_out(config, loaded.datasets, run)
-            problems += trained_warnings(held_out, plan)
+            problems += trained_warnings(held_out, plan) if held_out is not None else []
             scan_masks(config, loaded.datasets, plan, held_out, run)
             sampler = make_sampler(config, plan)
             outlook = _outlook(config, sampler)
