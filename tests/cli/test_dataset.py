@@ -190,6 +190,37 @@ def test_a_short_bucket_says_what_to_do_and_that_helps(
     assert look(0, {"minimum_image_size": 60}) == {"pruned": 3}
 
 
+def test_held_out_images_and_masks_are_looked_at_too(
+    tmp_path: Path, report: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = captioned(tmp_path / "pets")
+    masks = {"id": "masks", "dataset_type": "conditioning", "conditioning_type": "mask"}
+    masks["instance_data_dir"] = str(tmp_path / "masks")
+    for number in range(5):
+        save(tmp_path / "masks" / f"{number}.png", (128, 128) if number < 4 else (160, 96), number, mode="L")
+    datasets = write_config(
+        tmp_path / "project",
+        an_image_dataset(folder, conditioning_data="masks"),
+        an_image_dataset(folder, id="measured", dataset_type="eval", resolution=64),
+        masks,
+    )
+    data = report("scan", str(datasets), status=ExitCode.DATASET)
+    assert [(found["id"], found["purpose"], found["used"]) for found in data["datasets"]] == [
+        ("pets", "train", 6),
+        ("measured", "eval", 6),
+    ]
+    assert [(problem["code"], "5.png" in problem["title"]) for problem in data["problems"]] == [
+        ("W-EVAL-TRAINED", True),  # the same folder
+        ("E-MASK-MISSING", True),
+    ]
+    assert data["run"] is None
+    save(tmp_path / "masks" / "5.png", (160, 96), 5, mode="L")
+    assert report("scan", str(datasets))["run"]["samples_per_epoch"] == 6
+    for language in LANGUAGES:
+        assert main(["dataset", "scan", "--lang", language, str(datasets)]) == 0
+        assert text("data_command.held_out", language) in capsys.readouterr().out
+
+
 def test_a_configuration_that_is_wrong_is_told_as_data_too(tmp_path: Path, report: Callable[..., Any]) -> None:
     datasets = write_config(tmp_path / "project", an_image_dataset(tmp_path / "pets", repeats=-1))
     for action in ("scan", "buckets", "captions", "cache"):

@@ -43,26 +43,15 @@ DATASETS = DatasetsConfig(
 
 def test_captions_go_where_their_dataset_says_and_all_else_to_the_default_entry():
     plan = Plan(datasets=(planned("dogs", "a dog"), planned("cats", "a cat", "cats", dropout=0.1)), fingerprint="")
-    usual, own = prompt_groups([plan], DATASETS, ["shown"])
+    usual, own = prompt_groups(plan, DATASETS, ["shown"])
     assert (set(usual.prompts), usual.directory, usual.batch_size) == ({"shown", "a cat", "cats", ""}, Path("usual"), 2)
     assert (set(own.prompts), own.directory, own.write_batch_size) == ({"a dog"}, None, 3)
 
 
 def test_a_plan_without_captions_for_an_entry_has_no_group_of_it():
     plan = Plan(datasets=(planned("held-out", "a mouse"),), fingerprint="")
-    (group,) = prompt_groups([plan], DATASETS)
+    (group,) = prompt_groups(plan, DATASETS)
     assert (set(group.prompts), group.directory) == ({"a mouse"}, None)
-
-
-def test_captions_of_held_out_images_share_no_call_with_others():
-    trained = Plan(datasets=(planned("cats", "a cat"), planned("dogs", "a dog")), fingerprint="")
-    held_out = Plan(datasets=(planned("held-out", "a mouse", "a dog"),), fingerprint="")
-    alone, together = (
-        prompt_groups([trained], DATASETS, ["shown"]),
-        prompt_groups([trained, held_out], DATASETS, ["shown"]),
-    )
-    assert together[: len(alone)] == alone
-    assert [set(group.prompts) for group in together[len(alone) :]] == [{"a mouse", "a dog"}]
 
 
 def test_a_checkpoint_remembers_what_masks_it_was_made_with():

@@ -156,7 +156,7 @@ def test_held_out_images_are_no_part_of_what_is_trained(pictures):
     assert (start.total_steps, start.sampler.batches_per_epoch) == (plain.total_steps, plain.sampler.batches_per_epoch)
     assert [(one.name, len(one.samples)) for one in start.data.held_out.sets] == [("held-out", 4)]
     assert start.data.masks.keys() == {"cats"}
-    assert plain.data.held_out is None
+    assert not plain.data.held_out.sets
     assert not plain.data.masks
 
 
@@ -172,7 +172,7 @@ def test_held_out_images_are_no_part_of_what_is_trained(pictures):
 def test_options_say_which_images_are_measured(pictures, options, sets):
     with_entries(pictures, HELD_OUT, {**HELD_OUT, "id": "more"})
     held_out = settle(pictures, *options).data.held_out
-    assert {one.name: len(one.samples) for one in (held_out.sets if held_out else ())} == sets
+    assert {one.name: len(one.samples) for one in held_out.sets} == sets
 
 
 def test_held_out_images_may_have_masks_of_their_own(pictures):

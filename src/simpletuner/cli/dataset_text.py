@@ -77,7 +77,7 @@ def scan_lines(survey: Survey, language: str, *, shows_all: bool) -> Iterator[st
     """The page of `simpletuner dataset scan`."""
     page = _Page(language, shows_all=shows_all)
     for dataset in survey.datasets:
-        yield from _scanned(dataset, page)
+        yield from _scanned(dataset, page, is_held_out=dataset.id in survey.held_out)
         yield ""
     if survey.duplicates:
         yield page.say("duplicates", n=sum(len(group.files) - 1 for group in survey.duplicates))
@@ -131,9 +131,9 @@ def cached_lines(summary: CacheSummary, language: str) -> Iterator[str]:
         yield page.say("cached.later", ids=", ".join(summary.left_to_training))
 
 
-def _scanned(dataset: DatasetSurvey, page: _Page) -> Iterator[str]:
+def _scanned(dataset: DatasetSurvey, page: _Page, *, is_held_out: bool) -> Iterator[str]:
     language = page.language
-    yield f"{dataset.id}  {dataset.place}"
+    yield f"{dataset.id}  {dataset.place}" + (f"  ({page.say('held_out')})" if is_held_out else "")
     if dataset.smallest is None or dataset.largest is None:
         yield page.row("images", page.say("images.none", files=dataset.num_files))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.plan import shown_names
@@ -24,10 +24,10 @@ class HeldOutSet:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """`plan` has the samples of all sets and no others."""
+    """`plan` has the samples of all sets and no others. Without sets there is nothing to measure."""
 
-    plan: Plan
-    sets: tuple[HeldOutSet, ...]
+    plan: Plan = field(default_factory=lambda: Plan(datasets=(), fingerprint=""))
+    sets: tuple[HeldOutSet, ...] = ()
 
 
 def choose_held_out(plan: Plan, *, num_images: int, is_pooled: bool) -> HeldOut:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -62,22 +63,21 @@ def prompt_group(prompts: Iterable[str], embeds: TextEmbeds) -> PromptGroup:
     )
 
 
-def prompt_groups(plans: Sequence[Plan], datasets: DatasetsConfig, more: Iterable[str] = ()) -> list[PromptGroup]:
-    """The captions of plans, those of each dataset where it says. `more` are prompts of no dataset, which the default
-    entry caches with the captions of the first plan.
-
-    Captions of different plans never share a call of the encoder: which images are held out changes, not even in the
-    last bit, what is learnt from the others.
-    """
-    groups: dict[tuple[int, str], set[str]] = {(0, datasets.text_embeds.id): set(more)}
+def prompt_groups(plan: Plan, datasets: DatasetsConfig, more: Iterable[str] = ()) -> list[PromptGroup]:
+    """The captions of a plan, those of each dataset where it says. First what the default entry caches, with `more`:
+    prompts of no dataset."""
+    by_entry: dict[str, set[str]] = {datasets.text_embeds.id: set(more)}
     entries = {entry.id: entry for entry in (datasets.text_embeds, *datasets.other_text_embeds)}
     declared = {dataset.id: dataset for dataset in (*datasets.images, *datasets.evals)}
-    for number, plan in enumerate(plans):
-        for dataset in plan.datasets:
-            entry = datasets.embeds_of(declared[dataset.id])
-            captions = Plan(datasets=(dataset,), fingerprint="").prompts()
-            groups.setdefault((number, entry.id), set()).update(captions)
-    return [prompt_group(prompts, entries[name]) for (_, name), prompts in groups.items() if prompts]
+    for dataset in plan.datasets:
+        entry = datasets.embeds_of(declared[dataset.id])
+        by_entry.setdefault(entry.id, set()).update(Plan(datasets=(dataset,), fingerprint="").prompts())
+    return [prompt_group(prompts, entries[name]) for name, prompts in by_entry.items() if prompts]
+
+
+def run_prompts(plan: Plan, held_out: Plan, datasets: DatasetsConfig, validation: Iterable[str]) -> list[PromptGroup]:
+    """Every text that a run embeds. Captions of held-out images never share a call of the encoder with others."""
+    return [*prompt_groups(plan, datasets, validation), *prompt_groups(held_out, datasets)]
 
 
 def fill_prompt_cache(
@@ -193,7 +193,8 @@ class LatentsByDataset:
 
 
 def fill_latent_cache(
-    plans: Sequence[Plan],
+    plan: Plan,
+    held_out: Plan,
     *,
     config: Config,
     datasets: DatasetsConfig,
@@ -202,16 +203,15 @@ def fill_latent_cache(
     run: Reporter,
     cleanup: ExitStack,
 ) -> Latents:
-    """Latents of all samples of the plans, but for those that are encoded while training; the VAE is loaded only if one
-    is missing. Images of different plans never share a call of it.
+    """Latents of all samples of a plan, but for those that are encoded while training; the VAE is loaded only if one
+    is missing. Held-out images never share a call of it with others.
 
     Args: cleanup: outlives the training.
     Raises:
         PlanAgainError: images turned out to be unreadable; a new plan leaves them out.
     """
-    latents: dict[str, Latents] = {}
-    for plan in plans:
-        latents |= _fill_latents(plan, config=config, datasets=datasets, vae=vae, run=run, cleanup=cleanup)
+    fill = partial(_fill_latents, config=config, datasets=datasets, vae=vae, run=run, cleanup=cleanup)
+    latents = {**fill(plan, phase="latents"), **fill(held_out, phase="held_out")}
     vae.close()
     free_memory(compute.device)
     return LatentsByDataset(latents)
@@ -242,7 +242,7 @@ def fill_mask_cache(
 
 
 def _fill_latents(
-    plan: Plan, *, config: Config, datasets: DatasetsConfig, vae: Vae, run: Reporter, cleanup: ExitStack
+    plan: Plan, *, phase: str, config: Config, datasets: DatasetsConfig, vae: Vae, run: Reporter, cleanup: ExitStack
 ) -> dict[str, Latents]:
     by_id = {dataset.id: dataset for dataset in (*datasets.images, *datasets.evals)}
     directories = {name: Path(dataset.cache_dir_vae) for name, dataset in by_id.items()}
@@ -261,7 +261,7 @@ def _fill_latents(
         )
     latents: dict[str, Latents] = {}
     if now.datasets:
-        with run.phase("latents", unit="images") as progress:
+        with run.phase(phase, unit="images") as progress:
             store = cache_latents(
                 now,
                 source,

@@ -68,11 +68,11 @@ from simpletuner.train.prepare import (
     fill_mask_cache,
     fill_prompt_cache,
     free_memory,
-    prompt_groups,
+    run_prompts,
 )
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
-from simpletuner.train.start import Start, image_prompts, plan_again
+from simpletuner.train.start import Start, plan_again, validation_prompts
 from simpletuner.train.step import MicroBatch, StepResult, train_step
 from simpletuner.train.trained import Trained
 
@@ -261,11 +261,12 @@ class _Run:
         """Announce the run and fill its caches; the start that it has once all images are known to be whole."""
         config, datasets, start = self._config, self._loaded.datasets, self._start
         while True:
-            account.look_at(start.plan, start.total_steps)
+            plan, held_out = start.plan, start.data.held_out.plan
+            account.look_at(plan, start.total_steps)
             self._announce(start, compute, account.expected(), start_step=start_step)
             account.meter.enter("prompts")
             prompts = fill_prompt_cache(
-                prompt_groups(start.data.plans, datasets, image_prompts(config, start.requests)),
+                run_prompts(plan, held_out, datasets, validation_prompts(config, start.requests)),
                 config=config,
                 files=files,
                 compute=compute,
@@ -274,7 +275,8 @@ class _Run:
             account.meter.enter("latents")
             try:
                 latents = fill_latent_cache(
-                    start.data.plans,
+                    plan,
+                    held_out,
                     config=config,
                     datasets=datasets,
                     vae=vae,
@@ -295,7 +297,7 @@ class _Run:
             store = fill_mask_cache(start.plan, files, config=config, datasets=datasets, run=self._run)
             draw = MaskDraw(store=store, probability=config.flow.masked_loss_probability, seed=config.run.seed)
         held_out = start.data.held_out
-        if held_out is None:
+        if not held_out.sets:
             return draw, None
         store = fill_mask_cache(held_out.plan, files, config=config, datasets=datasets, run=self._run)
         return draw, HeldOutData(sets=held_out.sets, latents=latents, masks=store)
@@ -394,7 +396,7 @@ class _Run:
 
     def _evaluation_interval(self, start: Start) -> int | None:
         """Updates from one evaluation to the next; None where nothing is evaluated."""
-        if start.data.held_out is None:
+        if not start.data.held_out.sets:
             return None
         updates_per_epoch = start.sampler.batches_per_epoch / self._config.optimizer.gradient_accumulation_steps
         return evaluation_interval(self._config.validation, updates_per_epoch=updates_per_epoch)

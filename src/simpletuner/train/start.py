@@ -45,13 +45,13 @@ class FoundData:
     """What a run trains on and is measured by. `masks`: by dataset."""
 
     plan: Plan
-    held_out: HeldOut | None
+    held_out: HeldOut
     masks: Mapping[str, MaskFiles]
 
     @property
     def plans(self) -> tuple[Plan, ...]:
         """Of the images that are trained on, and of those that are not."""
-        return (self.plan,) if self.held_out is None else (self.plan, self.held_out.plan)
+        return self.plan, self.held_out.plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +147,8 @@ def image_requests(config: Config) -> tuple[ImageRequest, ...]:
     )
 
 
-def image_prompts(config: Config, requests: Sequence[ImageRequest]) -> list[str]:
-    """What the images of a validation are made from."""
+def validation_prompts(config: Config, requests: Sequence[ImageRequest]) -> list[str]:
+    """The texts that images are made from: their prompts, and the negative prompt where guidance needs it."""
     prompts = {request.prompt.text for request in requests}
     if requests and config.validation.validation_guidance > 0:
         prompts.add(config.validation.validation_negative_prompt)
@@ -162,7 +162,7 @@ def find_data(config: Config, datasets: DatasetsConfig, run: Reporter) -> FoundD
         DatasetError: with every problem of all images; of the masks if there is none of those.
     """
     problems: list[Problem] = []
-    plan, held_out = Plan(datasets=(), fingerprint=""), None
+    plan, held_out = Plan(datasets=(), fingerprint=""), HeldOut()
     try:
         plan = scan_datasets(config, datasets, run)
     except DatasetError as error:
@@ -173,13 +173,13 @@ def find_data(config: Config, datasets: DatasetsConfig, run: Reporter) -> FoundD
         problems += error.problems
     if problems:
         raise DatasetError(problems)
-    for problem in trained_warnings(held_out, plan) if held_out is not None else ():
+    for problem in trained_warnings(held_out, plan):
         run.emit(ProblemReported(problem=problem))
     return FoundData(plan=plan, held_out=held_out, masks=scan_masks(config, datasets, plan, held_out, run))
 
 
-def scan_held_out(config: Config, datasets: DatasetsConfig, run: Reporter) -> HeldOut | None:
-    """Find the images that the loss is measured on; None if it is not measured.
+def scan_held_out(config: Config, datasets: DatasetsConfig, run: Reporter) -> HeldOut:
+    """Find the images that the loss is measured on; none if it is not measured.
 
     Raises:
         DatasetError: as of `scan_datasets`.
@@ -187,13 +187,13 @@ def scan_held_out(config: Config, datasets: DatasetsConfig, run: Reporter) -> He
     options = config.validation
     chosen = [dataset for dataset in datasets.evals if options.eval_dataset_id in (None, dataset.id)]
     if options.eval_loss_disable or not chosen:
-        return None
-    specs = [_held_out_spec(dataset_spec(dataset, config, datasets.embeds_of(dataset))) for dataset in chosen]
+        return HeldOut()
+    specs = [held_out_spec(dataset_spec(dataset, config, datasets.embeds_of(dataset))) for dataset in chosen]
     plan = _scan(specs, config, run)
     return choose_held_out(plan, num_images=options.num_eval_images, is_pooled=options.eval_dataset_pooling)
 
 
-def _held_out_spec(spec: DatasetSpec) -> DatasetSpec:
+def held_out_spec(spec: DatasetSpec) -> DatasetSpec:
     """Without what is about training."""
     return replace(
         spec,
@@ -209,7 +209,7 @@ def _held_out_spec(spec: DatasetSpec) -> DatasetSpec:
 
 
 def scan_masks(
-    config: Config, datasets: DatasetsConfig, plan: Plan, held_out: HeldOut | None, run: Reporter
+    config: Config, datasets: DatasetsConfig, plan: Plan, held_out: HeldOut, run: Reporter
 ) -> dict[str, MaskFiles]:
     """Find the masks of all images that have one.
 
@@ -220,11 +220,10 @@ def scan_masks(
     specs = {name: dataset_spec(masks, config, datasets.text_embeds) for name, masks in named if masks is not None}
     if not specs:
         return {}
-    more = held_out.plan.datasets if held_out is not None else ()
     fetch_images(tuple({spec.id: spec for spec in specs.values()}.values()), Path(config.data.cache_dir), run)
     with run.phase("mask_files", unit="files") as progress:
         return pair_masks(
-            replace(plan, datasets=(*plan.datasets, *more)),
+            replace(plan, datasets=(*plan.datasets, *held_out.plan.datasets)),
             specs,
             cache_dir=Path(config.data.cache_dir),
             on_progress=lambda done, total: progress.update(done, total=total),
