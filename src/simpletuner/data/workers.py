@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 _Task = TypeVar("_Task")
@@ -17,9 +19,13 @@ _Result = TypeVar("_Result")
 
 def process_pool(num_workers: int) -> ProcessPoolExecutor:
     """Processes that leave Ctrl-C to the one that started them, and do not outlive it."""
-    return ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_depend_on_parent
     )
+    with _starting_without_interrupts():
+        for _ in range(num_workers):
+            pool.submit(_begin)
+    return pool
 
 
 def thread_pool(num_workers: int) -> ThreadPoolExecutor:
@@ -47,6 +53,24 @@ def in_order(
     finally:
         for _, future in pending:
             future.cancel()
+
+
+@contextmanager
+def _starting_without_interrupts() -> Iterator[None]:
+    """A Ctrl-C goes to all processes of a terminal, also to one that is still starting and cannot ignore it yet: it
+    inherits that the signal is held back."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin() -> None:
+    """The first task of a process, so that it is started."""
 
 
 def _depend_on_parent() -> None:

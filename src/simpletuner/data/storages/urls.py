@@ -65,6 +65,11 @@ class UrlStorage:
         return f"{os.path.abspath(self.csv_file)}#{self.url_column} ({os.path.abspath(self.cache_dir)})"  # noqa: PTH100
 
     @property
+    def listed_as(self) -> str:
+        """The same, with what the CSV names: a row more or less is another listing. Raises StorageError."""
+        return stable_hash("rows 1", self.id, *sorted(self._rows()))
+
+    @property
     def is_remote(self) -> bool:
         """No: once listed, the images are files of this machine."""
         return False
