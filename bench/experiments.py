@@ -218,7 +218,7 @@ def open_trained(folder: Path, captions: Sequence[str]) -> tuple[Any, Any]:
     from simpletuner.models.z_image.spec import Z_IMAGE
     from simpletuner.train.build import build_training, trained_weights
     from simpletuner.train.device import choose_compute
-    from simpletuner.train.prepare import Vae, fill_prompt_cache
+    from simpletuner.train.prepare import Vae, fill_prompt_cache, prompt_group
     from simpletuner.train.resume import find_checkpoints
 
     loaded = load_run_config([str(folder / "config.json")], environ=os.environ, cwd=folder)
@@ -226,9 +226,8 @@ def open_trained(folder: Path, captions: Sequence[str]) -> tuple[Any, Any]:
     compute, _ = choose_compute(device, mixed_precision="no", base_model_default_dtype="fp32")
     files = resolve_pipeline(config.model.pretrained_model_name_or_path, spec=Z_IMAGE)
     run = SinkReporter([])
-    prompts = fill_prompt_cache(
-        captions, config=config, datasets=loaded.datasets, files=files, compute=compute, run=run
-    )
+    groups = [prompt_group(captions, loaded.datasets.text_embeds)]
+    prompts = fill_prompt_cache(groups, config=config, files=files, compute=compute, run=run)
     trained = trained_weights(config, config_hash="")
     training = build_training(
         config, files=files, assistant=None, prompts=prompts, trained=trained, compute=compute, run=run

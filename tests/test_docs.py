@@ -26,7 +26,7 @@ from simpletuner.cli import convert, dataset, dataset_data, extract, generate, i
 from simpletuner.cli.help import explain
 from simpletuner.cli.main import COMMANDS
 from simpletuner.config.argv import parse_arguments
-from simpletuner.config.datasets import dataset_options
+from simpletuner.config.datasets import every_dataset_key
 from simpletuner.config.load import load_run_config
 from simpletuner.config.lycoris import LYCORIS_KEYS, read_lycoris
 from simpletuner.config.names import meaning_of
@@ -47,6 +47,7 @@ GUIDES = [
     ROOT / "docs" / "OPTIMIZERS.md",
     ROOT / "docs" / "MEMORY.md",
     ROOT / "docs" / "FLOW.md",
+    ROOT / "docs" / "MASKS.md",
     ROOT / "docs" / "STORAGES.md",
     ROOT / "docs" / "FILES.md",
     ROOT / "docs" / "GENERATE.md",
@@ -263,10 +264,10 @@ def test_names_in_the_text_are_options_or_keys(page: Path):
     others = {"lora_rnk", "validation_images", "demo_dataset", "guidance_scale", "by_model", "load_lora_weights"}
     others |= {field.name for event in event_types.EVENTS.values() for field in fields(event)}
     others |= {"dora_scale", "save_to_disk", *LYCORIS_KEYS}
-    others |= {key.rpartition(".")[2] for key in dataset_options("image")}  # those in an object of keys
+    others |= {key.rpartition(".")[2] for key in every_dataset_key()}  # those in an object of keys
     others |= set(re.findall(r'"([a-z_]+)":', Path(dataset_data.__file__).read_text(encoding="utf-8")))
     arguments = {argument.name for row in OPTIMIZERS.values() for argument in row.arguments}
-    known = {*options(), *dataset_options("image"), *dataset_options("text_embeds"), *OPTIMIZERS, *arguments, *others}
+    known = {*options(), *every_dataset_key(), *OPTIMIZERS, *arguments, *others}
     known |= {spelling for spelling, _ in OPTIMIZER_SPELLINGS}
     known |= {choice for option in options().values() for choice in option.choices}
     aliases = {alias for option in options().values() for alias in option.opt.aliases}

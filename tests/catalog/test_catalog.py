@@ -8,7 +8,7 @@ from simpletuner.catalog.families import CUSTOM_FLAVOUR, DEFAULT_FLAVOUR, FLAVOU
 from simpletuner.catalog.precisions import PRECISION_SPELLINGS, PRECISIONS
 from simpletuner.catalog.schedules import SCHEDULE_SPELLINGS, SCHEDULES
 from simpletuner.catalog.upstream import DATASET_UPSTREAM, UPSTREAM, asks_for_something
-from simpletuner.config.datasets import dataset_options
+from simpletuner.config.datasets import every_dataset_key
 from simpletuner.config.root import option_aliases, options
 from simpletuner.config.sizes import check_resolutions
 
@@ -50,8 +50,7 @@ def test_spellings_lead_to_rows():
 def test_an_option_of_ours_is_not_called_missing():
     ours = options().keys() | option_aliases().keys()
     assert not ours & UPSTREAM.keys()
-    keys = dataset_options("image").keys() | dataset_options("text_embeds").keys()
-    assert not keys & DATASET_UPSTREAM.keys()
+    assert not every_dataset_key() & DATASET_UPSTREAM.keys()
 
 
 @pytest.mark.parametrize("value", [None, False, "false", "no", "", 0, "none", [], {}, "no_change"])

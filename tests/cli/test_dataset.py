@@ -190,6 +190,45 @@ def test_a_short_bucket_says_what_to_do_and_that_helps(
     assert look(0, {"minimum_image_size": 60}) == {"pruned": 3}
 
 
+def test_held_out_images_and_masks_are_looked_at_too(
+    tmp_path: Path, report: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = captioned(tmp_path / "pets")
+    masks = {"id": "masks", "dataset_type": "conditioning", "conditioning_type": "mask"}
+    masks["instance_data_dir"] = str(tmp_path / "masks")
+    for number in range(5):
+        save(tmp_path / "masks" / f"{number}.png", (128, 128) if number < 4 else (160, 96), number, mode="L")
+    datasets = write_config(
+        tmp_path / "project",
+        an_image_dataset(folder, conditioning_data="masks"),
+        an_image_dataset(folder, id="measured", dataset_type="eval", resolution=64),
+        masks,
+    )
+    data = report("scan", str(datasets), status=ExitCode.DATASET)
+    assert [(found["id"], found["purpose"], found["used"]) for found in data["datasets"]] == [
+        ("pets", "train", 6),
+        ("measured", "eval", 6),
+    ]
+    assert [(problem["code"], "5.png" in problem["title"]) for problem in data["problems"]] == [
+        ("W-EVAL-TRAINED", True),  # the same folder
+        ("E-MASK-MISSING", True),
+    ]
+    assert data["run"] is None
+    save(tmp_path / "masks" / "5.png", (160, 96), 5, mode="L")
+    assert report("scan", str(datasets))["run"]["samples_per_epoch"] == 6
+    for language in LANGUAGES:
+        assert main(["dataset", "scan", "--lang", language, str(datasets)]) == 0
+        assert text("data_command.held_out", language) in capsys.readouterr().out
+
+
+def test_a_configuration_that_is_wrong_is_told_as_data_too(tmp_path: Path, report: Callable[..., Any]) -> None:
+    datasets = write_config(tmp_path / "project", an_image_dataset(tmp_path / "pets", repeats=-1))
+    for action in ("scan", "buckets", "captions", "cache"):
+        data = report(action, str(datasets), status=ExitCode.USAGE)
+        assert list(data) == ["problems"]
+        assert "/0/repeats" in {problem["path"] for problem in data["problems"]}
+
+
 def test_a_place_that_is_not_there_does_not_hide_the_others(tmp_path: Path, report: Callable[..., Any]) -> None:
     datasets = write_config(
         tmp_path / "project",
@@ -314,3 +353,21 @@ def test_the_keys_of_the_data_are_those_that_the_guide_lists(
         ("datasets", list(captions["datasets"][0])),
     ]
     assert listed[-1][0] == "cache"  # tests/e2e/test_caching.py
+
+
+def test_masks_and_held_out_images_are_looked_at_too(tmp_path: Path, report: Callable[..., Any]) -> None:
+    """What of them would end a run ends its outlook; what is only worth knowing is told beside it."""
+    folder = captioned(tmp_path / "pets")
+    masks = {"id": "masks", "dataset_type": "conditioning", "conditioning_type": "mask"}
+    masks["instance_data_dir"] = str(tmp_path / "masks")
+    for number in range(6):
+        save(tmp_path / "masks" / f"{number}.png", (128, 128) if number < 4 else (160, 96), number, mode="L")
+    held_out = an_image_dataset(folder, id="held-out", dataset_type="eval")
+    path = write_config(tmp_path, an_image_dataset(folder, conditioning_data="masks"), masks, held_out)
+    data = report("scan", str(path))
+    assert data["run"] is not None
+    assert [problem["code"] for problem in data["problems"]] == ["W-EVAL-TRAINED"]
+    (tmp_path / "masks/5.png").unlink()
+    data = report("scan", str(path), status=ExitCode.DATASET)
+    assert data["run"] is None
+    assert [problem["code"] for problem in data["problems"]] == ["W-EVAL-TRAINED", "E-MASK-MISSING"]

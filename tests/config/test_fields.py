@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.config.datasets import dataset_options
+from simpletuner.config.datasets import ENTRY_MODELS, dataset_options, every_dataset_key
 from simpletuner.config.docs import FILES, help_text, main, reference, stale_pages
 from simpletuner.config.root import option_aliases, options, sections
 from simpletuner.config.schema import json_schema
@@ -36,7 +36,8 @@ def test_a_section_refuses_what_is_no_choice(name):
 
 
 def test_help_is_a_sentence_in_both_languages():
-    for option in (*options().values(), *dataset_options("image").values(), *dataset_options("text_embeds").values()):
+    of_entries = [option for kind in ENTRY_MODELS for option in dataset_options(kind).values()]
+    for option in (*options().values(), *of_entries):
         for language in FILES:
             assert re.fullmatch(r"[\w\"\-].*\.", help_text(option, language)), (option.name, language)
         assert help_text(option, "es") != help_text(option, "en"), option.name
@@ -60,7 +61,7 @@ def test_the_schema_has_every_option_with_its_limits():
 @pytest.mark.parametrize("language", FILES)
 def test_the_reference_tells_of_every_option(language):
     page = reference(language)
-    for name in (*options(), *dataset_options("image"), *dataset_options("text_embeds")):
+    for name in (*options(), *every_dataset_key()):
         assert f"### `{name}`\n" in page
     assert not re.search(r"(measure|shown|option-\w+|reference|section|dataset)\.\w", page), "a text is missing"
 

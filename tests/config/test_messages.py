@@ -116,7 +116,7 @@ DATASETS = {
     "E-DATASET-STORAGE": ([{**BASIC, "type": "webshart"}], ["a", "webshart", "local, aws, csv, huggingface"]),
     "E-DATASET-KIND": ([{**BASIC, "dataset_type": "video"}], ["a", "video"]),
     "E-DATASET-NOT-YET": ([{**BASIC, "slider_strength": 0.5}], ["a", "slider_strength"]),
-    "W-DATASET-NOT-YET": ([{**BASIC, "compress_cache": True}], ["a", "compress_cache"]),
+    "W-DATASET-NOT-YET": ([{**BASIC, "delete_nsfw_images": True}], ["a", "delete_nsfw_images"]),
     "E-DATASET-KEY": ([{**BASIC, "repeat": 2}], ["a", "repeat", "repeats"]),
     "E-DATASET-KEY-UNKNOWN": ([{**BASIC, "zzz": 2}], ["a", "zzz"]),
     "E-DATASETS-DEFAULT-TWICE": (
@@ -125,7 +125,7 @@ DATASETS = {
     ),
     "E-DATASETS-NO-DEFAULT": ([BASIC, EMBEDS, {**EMBEDS, "id": "u"}], ["t, u", '"default": true']),
     "W-DATASETS-EMBEDS-UNUSED": ([BASIC, {**EMBEDS, "default": True}, {**EMBEDS, "id": "u"}], ["u", "t"]),
-    "E-DATASET-REFERENCE": ([{**BASIC, "text_embeds": "zzz"}], ["a", "zzz", "text-embeds"]),
+    "E-DATASET-REFERENCE": ([{**BASIC, "text_embeds": "zzz"}], ["a", "zzz", "text_embeds"]),
     "E-DATASET-PROMPT": ([{**BASIC, "caption_strategy": "instanceprompt"}], ["a", "caption_strategy"]),
     "E-DATASET-ASPECTS": ([{**BASIC, "crop": True, "crop_aspect": "closest"}], ["a", "closest"]),
     "E-DATASET-ASPECT-RANGE": (

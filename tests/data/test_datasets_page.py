@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.config.datasets import dataset_options
+from simpletuner.config.datasets import every_dataset_key
 from simpletuner.data.images import MAX_PIXELS
 from simpletuner.data.plan import make_plan
 from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Sample
@@ -27,8 +27,7 @@ def page(request: pytest.FixtureRequest) -> str:
 def test_every_key_has_its_place_in_the_table(page: str) -> None:
     table = page.split("## The keys" if "## The keys" in page else "## Las claves")[1].split("\n## ")[0]
     named = set(re.findall(r"`([a-z_.]+)`", table))
-    keys = {*dataset_options("image"), *dataset_options("text_embeds")}
-    assert keys - named == set()
+    assert set(every_dataset_key()) - named == set()
 
 
 def test_the_example_of_four_entries_is_the_one_that_trains(page: str) -> None:

@@ -283,3 +283,13 @@ def test_a_run_killed_at_any_moment_while_caching_goes_on_to_the_same_bits(tmp_p
     killed, finished = (int(word) for word in result.stdout.split())
     assert killed >= 20
     assert finished >= 1
+
+
+def test_a_directory_may_have_files_of_its_own_size(
+    folder: Path, make_plan: MakePlan, vae: Any, tmp_path: Path
+) -> None:
+    plan = make_plan(spec_of(folder))
+    cache(plan, vae, tmp_path / "usual", write_batch_size=2)
+    cache(plan, vae, tmp_path / "own", write_batch_size=2, write_batch_sizes={tmp_path / "own": NUM_IMAGES})
+    assert len(list((tmp_path / "own").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "usual").glob("*.safetensors"))) > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -135,3 +136,23 @@ def test_the_reading_thread_ends_with_its_user(end: str) -> None:
         with pytest.raises(OSError, match="gone"):
             next(batches)
     assert threading.active_count() == before
+
+
+class Masks:
+    """Weights that tell which sample they belong to, where `index` is even."""
+
+    def weights(self, samples: Sequence[Sample], index: int, rank: int) -> tuple[Tensor | None, ...] | None:
+        return tuple(torch.full((1, 8, 8), float(s.record.key)) for s in samples) if index % 2 == rank else None
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_weights_come_with_their_samples(prefetch: int, rank: int) -> None:
+    batches = iterate_batches(sampler(2), Latents(), start=3, rank=rank, prefetch=prefetch, masks=Masks())
+    for index, batch in enumerate(islice(batches, 6), start=3):
+        if index % 2 != rank:
+            assert batch.weights is None
+            continue
+        assert batch.weights is not None
+        for weights, one in zip(batch.weights, batch.samples, strict=True):
+            assert weights is not None and float(weights.mean()) == float(one.record.key)

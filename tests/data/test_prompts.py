@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from simpletuner.data.prompts import PromptSource, PromptStore, cache_prompts
+from simpletuner.data.prompts import PromptGroup, PromptSource, PromptStore, cache_prompts
+from simpletuner.data.store import TensorStore
 from simpletuner.i18n import LANGUAGES, render_problem
 from simpletuner.problems import DatasetError, SimpletunerError
 
@@ -18,9 +19,14 @@ Told = Callable[[SimpletunerError], list[str]]
 PROMPTS = ["a cat", "", "a dog", "a cat", "ñandú 猫", "x" * 300]
 
 
-def cache(prompts: list[str], encoder: Any, directory: Path, **options: Any) -> PromptStore:
-    settings = {"batch_size": 2, "on_progress": lambda done, total: None, **options}
-    return cache_prompts(prompts, PromptSource(id=encoder.id, open=encoder.open), directory=directory, **settings)
+def cache_groups(groups: list[PromptGroup], encoder: Any, on_progress: Any = lambda done, total: None) -> PromptStore:
+    return cache_prompts(groups, PromptSource(id=encoder.id, open=encoder.open), on_progress=on_progress)
+
+
+def cache(
+    prompts: list[str], encoder: Any, directory: Path | None, *, batch_size: int = 2, **options: Any
+) -> PromptStore:
+    return cache_groups([PromptGroup(prompts=prompts, directory=directory, batch_size=batch_size)], encoder, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,3 +87,48 @@ def test_an_embedding_that_is_not_finite_is_told(tmp_path: Path, text_encoder: A
     assert told(caught.value) == ["E-PROMPT-NOT-FINITE"]
     for language in LANGUAGES:
         assert '"a cat"' in render_problem(caught.value.problems[0], language)[0]
+
+
+def test_embeddings_in_memory_are_those_of_the_disk_and_leave_nothing(tmp_path: Path, text_encoder: Any) -> None:
+    kept = cache(PROMPTS, text_encoder, tmp_path / "kept")
+    calls = list(text_encoder.batches)
+    text_encoder.batches.clear()
+    (tmp_path / "here").mkdir()
+    passing = cache(PROMPTS, text_encoder, None)
+    assert text_encoder.batches == calls
+    for prompt in PROMPTS:
+        got = passing.get(prompt)
+        assert torch.equal(got, kept.get(prompt))
+        got.zero_()
+        assert torch.equal(passing.get(prompt), kept.get(prompt)), "what is handed out is a copy"
+    text_encoder.batches.clear()
+    cache(PROMPTS, text_encoder, None)
+    assert text_encoder.batches == calls, "every start encodes anew"
+
+
+def test_groups_have_a_cache_and_calls_of_their_own(tmp_path: Path, text_encoder: Any) -> None:
+    one, two = (tmp_path / name for name in ("one", "two"))
+    groups = [
+        PromptGroup(prompts=["a", "b", "c"], directory=one, batch_size=2),
+        PromptGroup(prompts=["b", "dd"], directory=two, batch_size=1, write_batch_size=1),
+    ]
+    progress: list[tuple[int, int]] = []
+    store = cache_groups(groups, text_encoder, on_progress=lambda done, total: progress.append((done, total)))
+    assert text_encoder.batches == [("a", "b"), ("c",), ("b",), ("dd",)]
+    assert text_encoder.opened == 1
+    assert (progress[0], progress[-1]) == ((0, 5), (5, 5))
+    assert (len(TensorStore(one)), len(TensorStore(two))) == (3, 2)
+    assert len(list(two.glob("*.safetensors"))) == 2
+    for prompt in ("a", "b", "c", "dd"):
+        assert torch.equal(store.get(prompt), text_encoder.encode([prompt])[0])
+
+
+def test_another_group_changes_nothing_of_the_first(tmp_path: Path, text_encoder: Any) -> None:
+    """So held-out images do not change, by whom a caption shares a call with, what a run learns from."""
+    first = PromptGroup(prompts=["a", "bb"], directory=tmp_path, batch_size=4)
+    cache_groups([first, PromptGroup(prompts=["c", "bb"], directory=tmp_path, batch_size=4)], text_encoder)
+    assert text_encoder.batches == [("a", "bb"), ("c", "bb")]
+    assert len(TensorStore(tmp_path)) == 3
+    text_encoder.batches.clear()
+    cache_groups([first], text_encoder)
+    assert text_encoder.batches == []

@@ -78,9 +78,14 @@ def test_a_change_makes_anew_exactly_what_it_affects(project: Project, made: Mad
 def test_a_run_may_end_with_its_caches_and_the_next_one_makes_nothing(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    path = project.root / "config" / "multidatabackend.json"
+    datasets = json.loads(path.read_text())
+    datasets.append({**datasets[0], "id": "held-out", "dataset_type": "eval", "resolution": 64})
+    path.write_text(json.dumps(datasets))
+    project.set(num_eval_images=4, eval_timesteps=1)
     assert main(["train", "--log-format", "plain", "--cache-only"]) == 0
     told = capsys.readouterr()
-    assert "Latents: 8, made now: 8" in told.out
+    assert "Latents: 12, made now: 12" in told.out
     assert "as cache-only asked" in told.err
     assert json.loads((project.output / "run.json").read_text())["state"] == "done"
     assert list(project.output.glob("checkpoint-*")) == []
@@ -90,7 +95,10 @@ def test_a_run_may_end_with_its_caches_and_the_next_one_makes_nothing(
     filled = [
         (phase["key"], phase["done"], phase["before"]) for phase in phases if phase["key"] in ("latents", "prompts")
     ]
-    assert filled == [("prompts", 9, 0), ("latents", 8, 0), ("prompts", 9, 9), ("latents", 8, 8)]
+    assert filled == [
+        *(("prompts", 9, 0), ("latents", 8, 0), ("latents", 4, 0)),
+        *(("prompts", 9, 9), ("latents", 8, 8), ("latents", 4, 4)),
+    ]
     assert [phase["key"] for phase in phases].count("text_encoder") == 1
 
 

@@ -377,6 +377,16 @@ def test_the_loss_of_regularisation_has_a_figure_of_its_own(story):
     assert all("loss=0.5000 reg=0.2500 lr=" in line for line in lines)
 
 
+@pytest.mark.parametrize("is_averaged", [False, True])
+def test_the_loss_of_held_out_images_is_a_line_of_its_own(story, is_averaged):
+    losses = tuple(t.HeldOutLoss(dataset=name, loss=loss, num_images=4) for name, loss in (("a", 0.5), ("b", 0.25)))
+    event = t.EvaluationFinished(
+        step=3, loss=0.375, losses=losses, sigmas=(0.5,), seconds=1.25, is_averaged=is_averaged
+    )
+    lines = Narrator("es").tell(replace(story[0], event=event))
+    assert [line.text for line in lines] == [f"eval{'-ema' * is_averaged} step=3 a=0.5000 b=0.2500 s=1.25"]
+
+
 @pytest.mark.parametrize(("language", "row"), [("en", "validation"), ("es", "validación")])
 def test_the_banner_counts_guidance_in_both_ways(story, language, row):
     plan = next(record for record in story if isinstance(record.event, t.RunPlanned))

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simpletuner.events import types as t
 from simpletuner.events.eta import (
     HALF_LIFE_STEPS,
     MIN_STEPS,
@@ -17,6 +18,7 @@ from simpletuner.events.eta import (
     remaining_s,
     round_remaining,
 )
+from simpletuner.events.view import RunView
 
 SECONDS = st.floats(0.01, 1000)
 STEPS = st.lists(SECONDS, min_size=1, max_size=80)
@@ -102,3 +104,20 @@ def test_rounding_is_small_positive_and_stable(seconds):
 def test_rounding_keeps_the_order(a, b):
     if a <= b:
         assert round_remaining(a) <= round_remaining(b)
+
+
+@pytest.mark.parametrize(("interval", "num_left"), [(None, 0), (0, 0), (5, 2)])
+def test_evaluations_that_are_due_take_what_they_took(interval, num_left):
+    """Of the weights and of their average: one pause of both."""
+    view = RunView()
+    counts = {"num_epochs": 1, "num_datasets": 1, "num_images": 1, "num_buckets": 1, "effective_batch_size": 1}
+    names = {"model": "", "adapter": "", "precision": "", "device": "cpu", "device_name": ""}
+    view.apply(t.RunPlanned(total_steps=20, evaluation_step_interval=interval, **counts, **names))
+    for step in range(1, 11):
+        figures = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "samples": 1}
+        view.apply(t.StepFinished(step=step, total=20, epoch=1, step_seconds=1.0, **figures))
+        for is_averaged in (False, True) if step % 5 == 0 else ():
+            view.apply(
+                t.EvaluationFinished(step=step, loss=1.0, losses=(), sigmas=(), seconds=30.0, is_averaged=is_averaged)
+            )
+    assert view.remaining_s() == pytest.approx(10 + num_left * 60)

@@ -30,7 +30,16 @@ class Steering:
 
 
 def drive(
-    *, total=6, start=0, accumulation=2, checkpoint=0, validation=0, script=None, regularisation_loss=0.0, **schedule
+    *,
+    total=6,
+    start=0,
+    accumulation=2,
+    checkpoint=0,
+    validation=0,
+    evaluation=0,
+    script=None,
+    regularisation_loss=0.0,
+    **schedule,
 ):
     steering = Steering(script)
     told = []
@@ -65,10 +74,12 @@ def drive(
             schedule=ScheduleSettings(learning_rate=0.5, **schedule),
             checkpoint_interval=checkpoint,
             validation_interval=validation,
+            evaluation_interval=evaluation,
         ),
         update=update,
         save=lambda step: told.append(("save", step)),
         validate=lambda step: told.append(("validate", step)),
+        evaluate=lambda step: told.append(("evaluate", step)),
         steering=steering,
         emit=events.append,
     )
@@ -99,6 +110,16 @@ def test_a_resumed_loop_does_what_the_whole_one_would_have_done():
 def test_saves_and_images_come_when_they_are_due_but_not_after_the_last_step():
     _, told, _, _ = drive(total=6, checkpoint=2, validation=3)
     assert [entry for entry in told if entry[0] != "step"] == [("save", 2), ("validate", 3), ("save", 4)]
+
+
+def test_held_out_images_come_between_the_save_and_the_images():
+    _, told, _, _ = drive(total=6, checkpoint=4, validation=4, evaluation=2)
+    assert [entry for entry in told if entry[0] != "step"] == [
+        ("evaluate", 2),
+        ("save", 4),
+        ("evaluate", 4),
+        ("validate", 4),
+    ]
 
 
 def test_what_is_asked_for_happens_after_the_running_step():

@@ -127,6 +127,79 @@ def test_a_mistake_in_the_data_is_told_without_loading_torch(folder):
     assert time.monotonic() - begun < 10  # a second, on a machine with nothing else to do
 
 
+def with_entries(folder: Path, *entries: dict[str, object], **cats: object) -> None:
+    """Other entries, and other keys for the first one."""
+    path = folder / "multidatabackend.json"
+    first, *_ = json.loads(path.read_text())
+    path.write_text(json.dumps([{**first, **cats}, *entries]))
+
+
+MASKS = {"id": "masks", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "masks"}
+HELD_OUT = {"id": "held-out", "dataset_type": "eval", "instance_data_dir": "held", "resolution": 64}
+
+
+@pytest.fixture
+def pictures(folder) -> Path:
+    """Three images, their masks, and six held-out ones."""
+    for name, count in (("images", 3), ("masks", 6), ("held", 6)):
+        (folder / name).mkdir(exist_ok=True)
+        for number in range(count):
+            Image.new("L", (64, 64), 255).save(folder / name / f"cat {number}.png")
+    return folder
+
+
+def test_held_out_images_are_no_part_of_what_is_trained(pictures):
+    plain = settle(pictures)
+    with_entries(pictures, HELD_OUT, MASKS, conditioning_data="masks")
+    start = settle(pictures, "--num_eval_images=4")
+    assert start.plan.fingerprint == plain.plan.fingerprint
+    assert (start.total_steps, start.sampler.batches_per_epoch) == (plain.total_steps, plain.sampler.batches_per_epoch)
+    assert [(one.name, len(one.samples)) for one in start.data.held_out.sets] == [("held-out", 4)]
+    assert start.data.masks.keys() == {"cats"}
+    assert not plain.data.held_out.sets
+    assert not plain.data.masks
+
+
+@pytest.mark.parametrize(
+    ("options", "sets"),
+    [
+        ([], {"held-out": 4, "more": 4}),
+        (["--eval_dataset_pooling"], {"pool": 4}),
+        (["--eval_dataset_id=more", "--num_eval_images=2"], {"more": 2}),
+        (["--eval_loss_disable"], {}),
+    ],
+)
+def test_options_say_which_images_are_measured(pictures, options, sets):
+    with_entries(pictures, HELD_OUT, {**HELD_OUT, "id": "more"})
+    held_out = settle(pictures, *options).data.held_out
+    assert {one.name: len(one.samples) for one in held_out.sets} == sets
+
+
+def test_held_out_images_may_have_masks_of_their_own(pictures):
+    with_entries(pictures, {**HELD_OUT, "conditioning_data": "masks"}, MASKS)
+    start = settle(pictures, "--num_eval_images=6")
+    assert set(start.data.masks["held-out"].by_image) == {f"cat {number}.png" for number in range(6)}
+
+
+def test_mistakes_of_images_and_held_out_images_are_told_together(pictures):
+    with_entries(pictures, {**HELD_OUT, "caption_strategy": "textfile"}, caption_strategy="textfile")
+    with pytest.raises(DatasetError) as caught:
+        settle(pictures)
+    assert [(problem.code, problem.params["id"]) for problem in caught.value.problems] == [
+        ("E-CAPTION-MISSING", "cats"),
+        ("E-CAPTION-MISSING", "held-out"),
+    ]
+
+
+def test_a_missing_mask_ends_the_start(pictures):
+    (pictures / "masks/cat 1.png").unlink()
+    with_entries(pictures, MASKS, conditioning_data="masks")
+    with pytest.raises(DatasetError) as caught:
+        settle(pictures)
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.params["files"]) == ("E-MASK-MISSING", "cat 1.png")
+
+
 def write_images(folder: Path, sizes: dict[str, tuple[int, int]]) -> None:
     for name, size in sizes.items():
         Image.new("RGB", size).save(folder / "images" / f"{name}.png")

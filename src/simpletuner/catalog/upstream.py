@@ -58,9 +58,9 @@ _SPEED_VALUES = "attention_mechanism=diffusers sageattention_usage dynamo_backen
 _OTHER_FLAGS = """
     i_know_what_i_am_doing seed_for_each_device=true trust_remote_code
     delete_model_after_load strict_epoch_limit ignore_final_epochs validation_prompt_library validation_preview
-    validation_randomize validation_disable_unconditional=true validation_using_datasets eval_loss_disable
-    enable_watermark vae_cache_preprocess=true text_cache_ondemand text_cache_disable
-    compress_disk_cache aspect_bucket_disable_rebuild ignore_missing_files
+    validation_randomize validation_disable_unconditional=true validation_using_datasets
+    enable_watermark vae_cache_preprocess=true
+    aspect_bucket_disable_rebuild ignore_missing_files
     delete_problematic_images delete_unwanted_images print_filenames print_sampler_statistics debug_aspect_buckets
     debug_dataset_loader push_checkpoints_to_hub push_to_hub_background model_card_private
     model_card_safe_for_work checkpointing_use_tempdir delete_invalid_checkpoints same_network
@@ -69,20 +69,20 @@ _OTHER_FLAGS = """
     fsdp_limit_all_gathers fsdp_activation_checkpointing use_soft_min_snr rescale_betas_zero_snr
 """
 _OTHER_VALUES = """
-    init_lora_step init_lora_ema gradient_precision masked_loss_probability=1,1.0 mixflow_gamma
+    init_lora_step init_lora_ema gradient_precision mixflow_gamma
     snr_gamma snr_weight timestep_bias_begin timestep_bias_end
     timestep_bias_multiplier timestep_bias_portion sdnq_weights_dtype sdnq_quantized_matmul_dtype sdnq_group_size
     sdnq_use_quantized_matmul sdnq_compile_mode sdnq_use_hadamard sdnq_hadamard_group_size
     validation_preview_steps=1 validation_epoch_interval validate_after_step validate_after_epoch
     validation_seed_source=cpu validation_image_quality validation_noise_scheduler validation_multigpu
-    eval_dataset_id num_eval_images validation_stitch_input_location validation_adapter_path
+    validation_stitch_input_location validation_adapter_path
     validation_adapter_name validation_adapter_strength validation_adapter_mode validation_adapter_config
     validation_method=simpletuner-local validation_external_script validation_external_background
-    evaluation_type pretrained_evaluation_model_name_or_path eval_steps_interval eval_epoch_interval
-    eval_timesteps eval_dataset_pooling inference_scheduler_timestep_spacing training_scheduler_timestep_spacing
+    evaluation_type pretrained_evaluation_model_name_or_path
+    inference_scheduler_timestep_spacing training_scheduler_timestep_spacing
     vae_cache_scan_behaviour read_batch_size image_processing_batch_size
-    text_encoder_batch_size aspect_bucket_worker_count torch_num_threads metadata_update_interval
-    tracker_image_layout custom_tracker logging_dir cache_dir_text
+    aspect_bucket_worker_count torch_num_threads metadata_update_interval
+    tracker_image_layout custom_tracker logging_dir
     checkpoint_epoch_interval checkpointing_rolling_steps checkpoints_rolling_total_limit disk_low_threshold
     disk_low_action disk_low_script model_card_note modelspec_comment publishing_config post_checkpoint_script
     post_upload_script webhook_reporting_interval num_machines=1 main_process_ip main_process_port machine_rank
@@ -115,13 +115,13 @@ UPSTREAM: Mapping[str, UpstreamOption] = MappingProxyType(
 """Options that this version lacks."""
 
 _DATASET_RESULT = """
-    slider_strength conditioning_data conditioning conditioning_type source_dataset_id image_embeds mask_type
+    slider_strength conditioning mask_type
     huggingface.composite_image_config huggingface.filter_func
 """
 _DATASET_OTHER = """
-    compress_cache metadata_update_interval
+    metadata_update_interval
     delete_unwanted_images delete_problematic_images delete_nsfw_images disable_validation hash_filenames
-    ignore_epochs text_encoder_batch_size text_cache_ondemand text_cache_disable memory_filesystem_path
+    ignore_epochs memory_filesystem_path
     memory_filesystem_size memory_filesystem_sudo video audio num_frames
 """
 

@@ -78,7 +78,8 @@ def _show(words: list[str], language: str) -> int:
     for line in value_lines(loaded, language, with_origin=with_origin, only_changed=only_changed):
         print(line)
     print(f"\n# {text('config.datasets', language, file=shown_path(loaded.datasets.path, Path.cwd()))}")
-    for dataset in loaded.datasets.images:
+    datasets = loaded.datasets
+    for dataset in (*datasets.images, *datasets.evals, *datasets.masks):
         print(f"{dataset.id}: {storage_of(dataset, cache_dir=Path(loaded.config.data.cache_dir)).id}")
     return 0
 
@@ -115,8 +116,9 @@ def _check_datasets(loaded: LoadedConfig) -> None:
     from simpletuner.data.plan import folder_problems
     from simpletuner.train.start import dataset_spec
 
-    embeds = loaded.datasets.text_embeds
-    found = folder_problems([dataset_spec(dataset, loaded.config, embeds) for dataset in loaded.datasets.images])
+    datasets = loaded.datasets
+    pictures = (*datasets.images, *datasets.evals)
+    found = folder_problems([dataset_spec(d, loaded.config, datasets.embeds_of(d)) for d in pictures])
     if found:
         raise DatasetError([*found, *loaded.warnings])
 

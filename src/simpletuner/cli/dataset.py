@@ -43,16 +43,22 @@ def run(argv: Sequence[str], language: str) -> int:
         params = {"word": action, "commands": ", ".join(ACTIONS)}
         raise SimpletunerError(Problem(code="E-COMMAND", params=params), ExitCode.USAGE)
     asked = sort_words(words, cwd=Path.cwd())
-    loaded = load_run_config(
-        asked.words, environ=os.environ, cwd=Path.cwd(), must_run=action == "cache", check_folders=False
-    )
     carry_out: Callable[[LoadedConfig, Asked, str], int] = {
         "scan": _scan,
         "buckets": _buckets,
         "captions": _captions,
         "cache": _cache,
     }[action]
-    return carry_out(loaded, asked, language)
+    try:
+        loaded = load_run_config(
+            asked.words, environ=os.environ, cwd=Path.cwd(), must_run=action == "cache", check_folders=False
+        )
+        return carry_out(loaded, asked, language)
+    except SimpletunerError as error:
+        if not asked.as_json:
+            raise
+        print(json.dumps({"problems": problems_as_data(error.problems, language)}, ensure_ascii=False, indent=2))
+        return int(error.exit_code)
 
 
 def sort_words(words: Sequence[str], *, cwd: Path) -> Asked:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def survey_as_data(survey: Survey) -> dict[str, object]:
     """What `simpletuner dataset scan --json` prints, without the problems."""
     return {
-        "datasets": [_dataset(dataset) for dataset in survey.datasets],
+        "datasets": [_dataset(dataset, _purpose(survey, dataset)) for dataset in survey.datasets],
         "duplicates": [list(group.files) for group in survey.duplicates],
         "run": None if survey.run is None else _run(survey.run),
     }
@@ -60,16 +60,21 @@ def cached_as_data(summary: CacheSummary) -> dict[str, object]:
         "prompts": {
             "total": summary.prompts.total,
             "made": summary.prompts.made,
-            "folder": str(summary.prompt_folder),
+            "folders": [str(folder) for folder in summary.prompt_folders],
         },
         "unreadable": summary.num_unreadable,
         "left_to_training": list(summary.left_to_training),
     }
 
 
-def _dataset(dataset: DatasetSurvey) -> dict[str, object]:
+def _purpose(survey: Survey, dataset: DatasetSurvey) -> str:
+    return "eval" if dataset.id in survey.held_out else "train"
+
+
+def _dataset(dataset: DatasetSurvey, purpose: str) -> dict[str, object]:
     return {
         "id": dataset.id,
+        "purpose": purpose,
         "place": dataset.place,
         "files": dataset.num_files,
         "readable": dataset.num_readable,

@@ -67,14 +67,17 @@ class _Page:
         return f"{self._block * cells:{_BAR_CELLS}}"
 
     def number(self, value: float) -> str:
-        return str(int(value)) if float(value).is_integer() else formats.significant(value, self.language)
+        """Three digits, without zeros at the end."""
+        if float(value).is_integer():
+            return str(int(value))
+        return f"{value:.3g}".replace(".", "," if self.language == "es" else ".")
 
 
 def scan_lines(survey: Survey, language: str, *, shows_all: bool) -> Iterator[str]:
     """The page of `simpletuner dataset scan`."""
     page = _Page(language, shows_all=shows_all)
     for dataset in survey.datasets:
-        yield from _scanned(dataset, page)
+        yield from _scanned(dataset, page, is_held_out=dataset.id in survey.held_out)
         yield ""
     if survey.duplicates:
         yield page.say("duplicates", n=sum(len(group.files) - 1 for group in survey.duplicates))
@@ -118,7 +121,7 @@ def cached_lines(summary: CacheSummary, language: str) -> Iterator[str]:
     page = _Page(language, shows_all=True)
     for kind, filled, folders in (
         ("latents", summary.latents, summary.latent_folders),
-        ("prompts", summary.prompts, (summary.prompt_folder,)),
+        ("prompts", summary.prompts, summary.prompt_folders),
     ):
         where = ", ".join(shown_path(folder, Path.cwd()) for folder in folders)
         yield page.say(f"cached.{kind}", total=filled.total, made=filled.made, folders=where)
@@ -128,9 +131,9 @@ def cached_lines(summary: CacheSummary, language: str) -> Iterator[str]:
         yield page.say("cached.later", ids=", ".join(summary.left_to_training))
 
 
-def _scanned(dataset: DatasetSurvey, page: _Page) -> Iterator[str]:
+def _scanned(dataset: DatasetSurvey, page: _Page, *, is_held_out: bool) -> Iterator[str]:
     language = page.language
-    yield f"{dataset.id}  {dataset.place}"
+    yield f"{dataset.id}  {dataset.place}" + (f"  ({page.say('held_out')})" if is_held_out else "")
     if dataset.smallest is None or dataset.largest is None:
         yield page.row("images", page.say("images.none", files=dataset.num_files))
     else:

@@ -32,7 +32,7 @@ def train_help(words: Sequence[str], language: str) -> str | None:
 def explain(word: str, language: str) -> str | None:
     """What is known about an option or a dataset key, or None if there is none of that name."""
     from simpletuner.catalog.upstream import DATASET_UPSTREAM
-    from simpletuner.config.datasets import dataset_options
+    from simpletuner.config.datasets import ENTRY_MODELS, dataset_options
     from simpletuner.config.names import meaning_of
     from simpletuner.config.root import options
 
@@ -42,7 +42,7 @@ def explain(word: str, language: str) -> str | None:
         pages.append(_page(options()[meaning.name], f"--{meaning.name}", language))
     elif meaning.what == "upstream":
         pages.append(text("explain.not_yet", language, key=meaning.name))
-    for kind in ("image", "text_embeds"):
+    for kind in ENTRY_MODELS:
         key = meaning.name
         if key in dataset_options(kind):
             pages.append(_page(dataset_options(kind)[key], f"multidatabackend.json, {kind}", language))

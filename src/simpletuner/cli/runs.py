@@ -253,14 +253,13 @@ def _facts(status: RunStatus, view: RunView, checkpoint: str | None, call: _Call
         facts += [("model", f"{view.plan.model} · {view.plan.adapter}"), ("device", view.plan.device_name)]
     if status.is_live:
         facts.append(("phase", phase_label(progress.phase, call.language) if progress.phase else None))
+    losses = {
+        "loss": progress.loss,
+        "regularisation": progress.regularisation_loss,
+        "held_out": progress.held_out_loss,
+    }
+    facts += [(label, formats.significant(loss, call.language)) for label, loss in losses.items() if loss is not None]
     facts += [
-        ("loss", None if progress.loss is None else formats.significant(progress.loss, call.language)),
-        (
-            "regularisation",
-            None
-            if progress.regularisation_loss is None
-            else formats.significant(progress.regularisation_loss, call.language),
-        ),
         (
             "speed",
             f"{formats.significant(progress.step_seconds, call.language)} s/it" if progress.step_seconds else None,

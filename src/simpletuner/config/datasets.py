@@ -1,4 +1,4 @@
-"""What the datasets file (multidatabackend.json) may say about images and about the cache of prompt embeddings."""
+"""What the datasets file (multidatabackend.json) may say about images, masks and the places of caches."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ from simpletuner.config.sections.data import (
     ResolutionType,
     UnreadableImages,
 )
+
+CONDITIONING_TYPES = ("mask",)
+OTHER_CONDITIONING_TYPES = ("controlnet", "segmentation", "reference_strict", "reference_loose")
+"""Known by name and not offered."""
 
 MetadataBackend = Literal["discovery", "parquet", "huggingface"]
 
@@ -73,7 +77,9 @@ class CaptionShuffle(Section):
 
 
 class ImageDataset(Section):
-    """One folder of training images. Values it does not name come from the run's configuration."""
+    """One folder of images: to train on, to evaluate with (`eval`), or masks of another one's (`conditioning`).
+
+    Values it does not name come from the run's configuration."""
 
     id: Annotated[str, Opt(level="basic")]
     """Unique name of the dataset."""
@@ -82,8 +88,9 @@ class ImageDataset(Section):
     """Where the images are: in a folder, in a bucket of an S3-compatible server, at the URLs of a CSV file, or in the
     rows of a Hugging Face dataset."""
 
-    dataset_type: Annotated[Literal["image"], Opt()] = "image"
-    """What the entry is: image, or text_embeds for the cache of prompt embeddings."""
+    dataset_type: Annotated[Literal["image", "eval", "conditioning"], Opt()] = "image"
+    """What the entry is. image: trained on. eval: held out, to measure the loss on. conditioning: masks of another
+    dataset. Other entries are text_embeds and image_embeds."""
 
     disabled: Annotated[bool, Opt(aliases=("disable",))] = False
     """Leave the dataset out."""
@@ -208,6 +215,21 @@ class ImageDataset(Section):
     text_embeds: Annotated[str | None, Opt(level="expert")] = None
     """Id of the text_embeds entry that caches the captions."""
 
+    image_embeds: Annotated[str | None, Opt(level="expert")] = None
+    """Id of the image_embeds entry that caches the latents."""
+
+    conditioning_data: Annotated[tuple[str, ...], Opt()] = ()
+    """Id of the conditioning entry that holds a mask of every image: the loss counts only where it is white."""
+
+    conditioning_type: Annotated[str | None, Opt(choices=CONDITIONING_TYPES, foreign=OTHER_CONDITIONING_TYPES)] = None
+    """What the images of a conditioning entry are. mask: grey images, white where to learn and black where not."""
+
+    source_dataset_id: Annotated[str | None, Opt(level="expert")] = None
+    """Id of the dataset that a conditioning entry belongs to: a check of that dataset's conditioning_data."""
+
+    compress_cache: Annotated[bool, Opt(level="expert")] = False
+    """Accepted for compatibility: caches are never compressed, so that every entry can be read by itself."""
+
     metadata_backend: Annotated[MetadataBackend, Opt(spellings=_METADATA_SPELLINGS)] = "discovery"
     """How sizes are found: by looking at the files, in a parquet file, or, with type huggingface, in the rows."""
 
@@ -241,8 +263,8 @@ class TextEmbeds(Section):
     id: Annotated[str, Opt(level="basic")] = "text-embeds"
     """Unique name of the entry."""
 
-    type: Annotated[Literal["local"], Opt()] = "local"
-    """Where the cache is. This version writes to local folders."""
+    type: Annotated[Literal["local", "memory"], Opt()] = "local"
+    """Where the cache is: a local folder, or the memory of the run, as with text_cache_disable."""
 
     dataset_type: Annotated[Literal["text_embeds"], Opt(spellings=(("text_embed", "text_embeds"),))] = "text_embeds"
     """What the entry is."""
@@ -251,10 +273,10 @@ class TextEmbeds(Section):
     """Leave the entry out."""
 
     default: Annotated[bool, Opt()] = False
-    """Use this entry for datasets that name none."""
+    """Use this entry for datasets that name none, and for validation prompts."""
 
     caption_filter_list: Annotated[tuple[str, ...], Opt(holds="prompts")] = ()
-    """What is taken out of the captions of all datasets, as the key of a dataset does for its own."""
+    """What is taken out of all captions that the entry caches, as the key of a dataset does for its own."""
 
     cache_dir: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/text")] = ""
     """Folder of the cached embeddings. {id}, {output_dir} and {model_family} are filled in."""
@@ -262,19 +284,110 @@ class TextEmbeds(Section):
     write_batch_size: Annotated[int, Ge(1), Opt(level="expert")] = 128
     """Cache entries that are written at once."""
 
+    text_encoder_batch_size: Annotated[int, Ge(1), Opt(level="expert", unit="prompts")] = 4
+    """Prompts that the text encoder encodes at once."""
+
+    text_cache_disable: Annotated[bool, Opt()] = False
+    """Write no embeddings to disk: they live in the memory of the run, and every start encodes them anew."""
+
+    text_cache_ondemand: Annotated[bool, Opt(level="expert")] = False
+    """Accepted for compatibility: embeddings are always made before training, each once, so that the text encoder
+    and the model need not be in memory together."""
+
+    compress_cache: Annotated[bool, Opt(level="expert")] = False
+    """Accepted for compatibility: caches are never compressed, so that every entry can be read by itself."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the embeddings go to disk."""
+        return self.type == "local" and not self.text_cache_disable
+
+
+class ImageEmbeds(Section):
+    """Where latents are cached."""
+
+    id: Annotated[str, Opt(level="basic")]
+    """Unique name of the entry, which datasets write in image_embeds."""
+
+    type: Annotated[Literal["local"], Opt()] = "local"
+    """Where the cache is: a local folder."""
+
+    dataset_type: Annotated[Literal["image_embeds"], Opt(spellings=(("image_embed", "image_embeds"),))] = "image_embeds"
+    """What the entry is."""
+
+    disabled: Annotated[bool, Opt(aliases=("disable",))] = False
+    """Leave the entry out."""
+
+    default: Annotated[bool, Opt()] = False
+    """Use this entry for datasets that name neither image_embeds nor cache_dir_vae."""
+
+    cache_dir: Annotated[str, Opt(holds="path", shown_default="<cache_dir>/vae/<id>")] = ""
+    """Folder of the cached latents. {id}, {output_dir} and {model_family} are filled in."""
+
+    write_batch_size: Annotated[int, Ge(1), Opt(level="expert")] = 128
+    """Cache entries that are written at once."""
+
+    compress_cache: Annotated[bool, Opt(level="expert")] = False
+    """Accepted for compatibility: caches are never compressed, so that every entry can be read by itself."""
+
+
+EntryKind = Literal["image", "text_embeds", "image_embeds"]
+Entry = ImageDataset | TextEmbeds | ImageEmbeds
+
+ENTRY_MODELS: Mapping[EntryKind, type[Entry]] = MappingProxyType(
+    {"image": ImageDataset, "text_embeds": TextEmbeds, "image_embeds": ImageEmbeds}
+)
+"""Kind of an entry -> the keys that it may have."""
+
+ENTRY_KINDS: Mapping[str, EntryKind] = MappingProxyType(
+    {
+        "image": "image",
+        "eval": "image",
+        "conditioning": "image",
+        "text_embeds": "text_embeds",
+        "text_embed": "text_embeds",
+        "image_embeds": "image_embeds",
+        "image_embed": "image_embeds",
+    }
+)
+"""dataset_type -> kind of the entry."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetsConfig:
-    """The datasets of a run: the enabled ones, in the order of the file, and the cache of prompt embeddings."""
+    """The enabled datasets of a run, in the order of the file: `images` to train on, `evals` held out, `masks` of
+    either. `text_embeds` caches what no entry of `other_text_embeds` does."""
 
     images: tuple[ImageDataset, ...]
+    evals: tuple[ImageDataset, ...] = ()
+    masks: tuple[ImageDataset, ...] = ()
     text_embeds: TextEmbeds
+    other_text_embeds: tuple[TextEmbeds, ...] = ()
+    image_embeds: tuple[ImageEmbeds, ...] = ()
     path: Path
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Everything."""
+        caches: tuple[Entry, ...] = (self.text_embeds, *self.other_text_embeds, *self.image_embeds)
+        return (*self.images, *self.evals, *self.masks, *caches)
+
+    def embeds_of(self, dataset: ImageDataset) -> TextEmbeds:
+        """Where the captions of a dataset are cached."""
+        return next((entry for entry in self.other_text_embeds if entry.id == dataset.text_embeds), self.text_embeds)
+
+    def masks_of(self, dataset: ImageDataset) -> ImageDataset | None:
+        """The masks of a dataset's images."""
+        return next((entry for entry in self.masks if entry.id in dataset.conditioning_data), None)
 
 
 @cache
-def dataset_options(kind: Literal["image", "text_embeds"]) -> Mapping[str, Option]:
+def dataset_options(kind: EntryKind) -> Mapping[str, Option]:
     """Key -> its declaration, for the entries of one kind."""
-    model = ImageDataset if kind == "image" else TextEmbeds
-    options = {option.name: option for option in describe(model, kind)}
+    options = {option.name: option for option in describe(ENTRY_MODELS[kind], kind)}
     return MappingProxyType({**options, **storage_options()} if kind == "image" else options)
+
+
+def every_dataset_key() -> frozenset[str]:
+    """The keys of all kinds of entries."""
+    return frozenset(key for kind in ENTRY_MODELS for key in dataset_options(kind))

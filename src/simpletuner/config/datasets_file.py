@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from simpletuner.catalog.upstream import DATASET_UPSTREAM, Effect, asks_for_something
 from simpletuner.config.build import build_section, convert_setting
 from simpletuner.config.caption_filters import KEY as FILTERS_KEY
 from simpletuner.config.caption_filters import bad_filters, read_filters
+from simpletuner.config.dataset_references import broken_references
 from simpletuner.config.dataset_rules import broken_dataset_rules
 from simpletuner.config.dataset_storages import StorageKeys, build_storage_keys, flattened
-from simpletuner.config.datasets import DatasetsConfig, ImageDataset, TextEmbeds, dataset_options
+from simpletuner.config.datasets import (
+    ENTRY_KINDS,
+    ENTRY_MODELS,
+    DatasetsConfig,
+    Entry,
+    EntryKind,
+    ImageDataset,
+    ImageEmbeds,
+    TextEmbeds,
+    dataset_options,
+)
 from simpletuner.config.fields import Option
 from simpletuner.config.json_text import JsonDocument, parse_json, read_text, repeated_key_warnings
 from simpletuner.config.names import closest_key
@@ -25,7 +35,7 @@ from simpletuner.config.storage_rules import broken_storage_rules
 from simpletuner.config.values import show
 from simpletuner.problems import ConfigError, Fix, Problem, Severity
 
-TEXT_EMBEDS_KINDS = ("text_embeds", "text_embed")
+_NOT_INHERITED = frozenset(("cache_dir",))  # another folder than the option of that name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +71,8 @@ def load_datasets(config: Config, *, environ: Mapping[str, str], cwd: Path, is_n
 
 def no_datasets(config: Config) -> DatasetsResult:
     """What stands for the datasets where nothing is trained: only the usual place of cached embeddings."""
-    embeds = TextEmbeds(cache_dir=str(Path(config.data.cache_dir) / "text"), default=True)
+    folder = config.data.cache_dir_text or str(Path(config.data.cache_dir) / "text")
+    embeds = TextEmbeds(cache_dir=folder, default=True)
     return DatasetsResult(
         config=DatasetsConfig(images=(), text_embeds=embeds, path=Path(config.data.data_backend_config))
     )
@@ -81,34 +92,49 @@ class _Reader:
         self._problems = repeated_key_warnings(document, shown)
         self._refused: list[Problem] = []
         self._absent: dict[str, Problem] = {}
+        self._written: dict[str, frozenset[str]] = {}
 
     def read(self, path: Path) -> DatasetsResult:
-        images: list[ImageDataset] = []
-        embeds: list[TextEmbeds] = []
         if not isinstance(self._document.value, list):
             self._add("E-DATASETS-LIST", "", file=self._shown)
             return self._result(None)
+        entries: list[Entry] = []
         ids: dict[str, str] = {}
-        for index, entry in enumerate(self._document.value):
-            found = self._entry(entry, f"/{index}")
+        unread: set[str] = set()
+        for index, written in enumerate(self._document.value):
+            found = self._entry(written, f"/{index}")
             if found is None:
+                unread.add(_id(written, index))
                 continue
             if found.id in ids:
                 self._add("E-DATASET-ID-TWICE", f"/{index}/id", id=found.id, first=self._place(ids[found.id]))
             ids[found.id] = f"/{index}/id"
-            if found.disabled:
-                continue
-            if isinstance(found, TextEmbeds):
-                embeds.append(found)
-            else:
-                images.append(found)
+            if not found.disabled:
+                entries.append(found)
+        datasets = [entry for entry in entries if isinstance(entry, ImageDataset)]
+        images = [dataset for dataset in datasets if dataset.dataset_type == "image"]
         has_errors = any(problem.severity is Severity.ERROR for problem in self._problems)
         if not images and not has_errors:
             self._add("E-DATASETS-NONE", "", file=self._shown)
-        text_embeds = self._choose_embeds(embeds, ids)
-        self._check_references(images, text_embeds, ids)
+        for problem in broken_references(entries, written=self._written, unread=unread):
+            entry, _, key = (problem.path or "").rpartition("/")
+            pointer = f"{ids[entry].removesuffix('/id')}/{key}"
+            self._problems.append(replace(problem, origin=self._place(pointer), path=pointer))
         self._check_schedules(images, ids)
-        return self._result(DatasetsConfig(images=tuple(images), text_embeds=text_embeds, path=path))
+        text_embeds = [entry for entry in entries if isinstance(entry, TextEmbeds)]
+        image_embeds = [entry for entry in entries if isinstance(entry, ImageEmbeds)]
+        chosen = next(iter([e for e in text_embeds if e.default] or text_embeds), None)
+        return self._result(
+            DatasetsConfig(
+                images=tuple(self._with_latents(dataset, image_embeds) for dataset in images),
+                evals=tuple(self._with_latents(d, image_embeds) for d in datasets if d.dataset_type == "eval"),
+                masks=tuple(dataset for dataset in datasets if dataset.dataset_type == "conditioning"),
+                text_embeds=(chosen or self._inherited_embeds()).model_copy(update={"default": True}),
+                other_text_embeds=tuple(entry for entry in text_embeds if entry is not chosen),
+                image_embeds=tuple(image_embeds),
+                path=path,
+            )
+        )
 
     def _result(self, config: DatasetsConfig | None) -> DatasetsResult:
         return DatasetsResult(
@@ -119,49 +145,59 @@ class _Reader:
             lines=self._document.lines,
         )
 
-    def _entry(self, entry: object, pointer: str) -> ImageDataset | TextEmbeds | None:
+    def _entry(self, entry: object, pointer: str) -> Entry | None:
         if not isinstance(entry, dict):
             self._add("E-DATASET-OBJECT", pointer, value=show(entry))
             return None
-        name = str(entry.get("id") or f"#{int(pointer[1:]) + 1}")
+        name = _id(entry, int(pointer[1:]))
         if str(entry.get("disabled", entry.get("disable", ""))).lower() in ("true", "1", "yes", "on"):
             return ImageDataset(id=name, instance_data_dir="-", disabled=True)
-        if not self._is_supported(entry, pointer, name):
+        kind = self._kind(entry, pointer, name)
+        if kind is None:
             return None
-        kind: Literal["image", "text_embeds"] = (
-            "text_embeds" if entry.get("dataset_type", "image") in TEXT_EMBEDS_KINDS else "image"
-        )
         declared = dataset_options(kind)
-        settings: dict[str, Setting] = {} if kind == "text_embeds" else self._inherited()
-        settings.update(self._settings(entry, pointer, name, declared))
+        settings = {**self._inherited(kind), **self._settings(entry, pointer, name, declared)}
         missing = [o.name for o in declared.values() if o.required and o.name not in settings]
         for key in missing:
             self._add("E-DATASET-KEY-MISSING", pointer, id=name, key=key)
         if missing:
             return None
-        return self._image(settings, pointer, name) if kind == "image" else self._embeds(settings, pointer, name)
+        if kind == "image":
+            return self._image(settings, pointer, name)
+        return (
+            self._embeds(settings, pointer, name) if kind == "text_embeds" else self._latents(settings, pointer, name)
+        )
 
-    def _is_supported(self, entry: Mapping[str, object], pointer: str, name: str) -> bool:
-        storage, kind = entry.get("type", "local"), entry.get("dataset_type", "image")
-        option = dataset_options("text_embeds" if kind in TEXT_EMBEDS_KINDS else "image")["type"]
-        words = [*option.choices, *(spelling for spelling, _ in option.opt.spellings)]
-        if storage not in words:
-            choices = ", ".join(option.choices)
-            self._add("E-DATASET-STORAGE", f"{pointer}/type", id=name, value=show(storage), choices=choices)
-        if kind not in ("image", *TEXT_EMBEDS_KINDS):
-            self._add("E-DATASET-KIND", f"{pointer}/dataset_type", id=name, value=show(kind))
-        return storage in words and kind in ("image", *TEXT_EMBEDS_KINDS)
+    def _kind(self, entry: Mapping[str, object], pointer: str, name: str) -> EntryKind | None:
+        """What kind of entry it is; None if there is none of that kind or it is kept where none can be."""
+        storage, dataset_type = entry.get("type", "local"), entry.get("dataset_type", "image")
+        kind = ENTRY_KINDS.get(dataset_type) if isinstance(dataset_type, str) else None
+        if kind is None:
+            known = ", ".join(dict.fromkeys(word for word in ENTRY_KINDS if not word.endswith("_embed")))
+            self._add("E-DATASET-KIND", f"{pointer}/dataset_type", id=name, value=show(dataset_type), known=known)
+            return None
+        option = dataset_options(kind)["type"]
+        if storage in (*option.choices, *(spelling for spelling, _ in option.opt.spellings)):
+            return kind
+        code = "E-DATASET-STORAGE" if kind == "image" else "E-CACHE-STORAGE"
+        self._add(code, f"{pointer}/type", id=name, value=show(storage), choices=", ".join(option.choices))
+        return None
 
-    def _inherited(self) -> dict[str, Setting]:
-        """What an image dataset takes from the run's configuration."""
+    def _inherited(self, kind: EntryKind) -> dict[str, Setting]:
+        """What an entry takes from the run's configuration."""
         found: dict[str, Setting] = {}
         origin = Origin(kind=OriginKind.DEFAULT, place="configuration")
         for section in (self._config.data, self._config.optimizer):
             for key in type(section).model_fields:
                 value = getattr(section, key)
-                if key in ImageDataset.model_fields and value is not None:
+                if key in ENTRY_MODELS[kind].model_fields and key not in _NOT_INHERITED and value is not None:
                     found[key] = Setting(key=key, value=(value,) if key == "instance_prompt" else value, origin=origin)
         return found
+
+    def _inherited_embeds(self) -> TextEmbeds:
+        """The entry that stands for one that nobody wrote."""
+        built, _ = build_section(TextEmbeds, self._inherited("text_embeds"), dataset_options("text_embeds"))
+        return self._placed(built)
 
     def _settings(
         self, entry: Mapping[str, object], pointer: str, name: str, declared: Mapping[str, Option]
@@ -219,6 +255,8 @@ class _Reader:
 
     def _image(self, settings: dict[str, Setting], pointer: str, name: str) -> ImageDataset:
         built, problems = build_section(ImageDataset, settings, dataset_options("image"))
+        if built.dataset_type == "conditioning":  # a mask has no caption, whatever the run's images have
+            built = built.model_copy(update={"caption_strategy": "instanceprompt"})
         storage, more = build_storage_keys(settings)
         problems += more
         if built.type == "huggingface" and "metadata_backend" not in settings:
@@ -226,10 +264,10 @@ class _Reader:
         built = built.model_copy(update={"storage": self._placed_storage(storage, built.id)})
         self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
         written = frozenset(key for key, setting in settings.items() if setting.origin.kind is OriginKind.FILE)
+        self._written[built.id] = written
         rules = (*broken_storage_rules(built, written=written), *broken_dataset_rules(built, written=written))
         for problem in () if problems else rules:
             self._problems.append(self._about(problem, f"{pointer}{problem.path}", name))
-        cache_dir = built.cache_dir_vae or f"{self._config.data.cache_dir}/vae/{{id}}"
         is_local = built.type == "local" and built.instance_data_dir
         folder = fill_path(built.instance_data_dir, self._cwd) if is_local else ""
         if is_local and folder not in self._absent and not is_folder(Path(folder)):
@@ -237,12 +275,21 @@ class _Reader:
             params = {"id": name, "folder": folder}
             problem = self._problem("E-DATASET-FOLDER-MISSING", place, Severity.ERROR, **params)
             self._absent[folder] = problem
-        return built.model_copy(
-            update={
-                "instance_data_dir": folder,
-                "cache_dir_vae": self._cache_path(cache_dir, built.id),
-            }
-        )
+        return built.model_copy(update={"instance_data_dir": folder})
+
+    def _with_latents(self, dataset: ImageDataset, caches: Sequence[ImageEmbeds]) -> ImageDataset:
+        """With the folder of its latents: its own, that of the image_embeds entry it names, or of the default one."""
+        named = next((cache for cache in caches if cache.id == dataset.image_embeds), None)
+        cache = named or next((cache for cache in caches if cache.default and dataset.image_embeds is None), None)
+        usual = cache.cache_dir if cache is not None else f"{self._config.data.cache_dir}/vae/{{id}}"
+        folder = self._cache_path(dataset.cache_dir_vae or usual, dataset.id)
+        return dataset.model_copy(update={"cache_dir_vae": folder})
+
+    def _latents(self, settings: dict[str, Setting], pointer: str, name: str) -> ImageEmbeds:
+        built, problems = build_section(ImageEmbeds, settings, dataset_options("image_embeds"))
+        self._problems.extend(self._about(problem, f"{pointer}{problem.path}", name) for problem in problems)
+        folder = built.cache_dir or f"{self._config.data.cache_dir}/vae/{{id}}"
+        return built.model_copy(update={"cache_dir": self._cache_path(folder, built.id)})
 
     def _placed_storage(self, keys: StorageKeys, name: str) -> StorageKeys:
         """The keys with absolute paths."""
@@ -270,32 +317,13 @@ class _Reader:
         return self._placed(built)
 
     def _placed(self, embeds: TextEmbeds) -> TextEmbeds:
-        cache_dir = embeds.cache_dir or f"{self._config.data.cache_dir}/text"
+        cache_dir = embeds.cache_dir or self._config.data.cache_dir_text or f"{self._config.data.cache_dir}/text"
         return embeds.model_copy(update={"cache_dir": self._cache_path(cache_dir, embeds.id)})
 
     def _cache_path(self, text: str, name: str) -> str:
         filled = text.replace("{output_dir}", self._config.run.output_dir)
         filled = filled.replace("{model_family}", self._config.model.model_family)
         return fill_path(filled.replace("{id}", as_file_name(name)), self._cwd)
-
-    def _choose_embeds(self, embeds: Sequence[TextEmbeds], ids: Mapping[str, str]) -> TextEmbeds:
-        defaults = [entry for entry in embeds if entry.default]
-        if len(defaults) > 1:
-            names = ", ".join(entry.id for entry in defaults)
-            self._add("E-DATASETS-DEFAULT-TWICE", ids[defaults[1].id], ids=names)
-        if len(embeds) > 1 and not defaults:
-            self._add("E-DATASETS-NO-DEFAULT", ids[embeds[0].id], ids=", ".join(entry.id for entry in embeds))
-        chosen = next(iter(defaults), None) or next(iter(embeds), None)
-        for entry in embeds:
-            if chosen is not None and entry.id != chosen.id and len(defaults) == 1:
-                self._warn("W-DATASETS-EMBEDS-UNUSED", ids[entry.id], id=entry.id, used=chosen.id)
-        return (chosen or self._placed(TextEmbeds())).model_copy(update={"default": True})
-
-    def _check_references(self, images: Sequence[ImageDataset], embeds: TextEmbeds, ids: Mapping[str, str]) -> None:
-        for image in images:
-            if image.text_embeds is not None and image.text_embeds not in ids:
-                pointer = ids[image.id].removesuffix("/id") + "/text_embeds"
-                self._add("E-DATASET-REFERENCE", pointer, id=image.id, value=image.text_embeds, known=embeds.id)
 
     def _check_schedules(self, images: Sequence[ImageDataset], ids: Mapping[str, str]) -> None:
         length = self._config.run
@@ -329,3 +357,8 @@ class _Reader:
         while pointer and pointer not in self._document.lines:
             pointer = pointer.rpartition("/")[0]
         return f"{self._shown}:{self._document.lines[pointer]}" if pointer else self._shown
+
+
+def _id(entry: object, index: int) -> str:
+    """What messages call an entry."""
+    return str((entry.get("id") if isinstance(entry, dict) else None) or f"#{index + 1}")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from simpletuner.config.datasets import dataset_options
+from simpletuner.config.datasets import ENTRY_MODELS, dataset_options
 from simpletuner.config.effective import value_text
 from simpletuner.config.fields import Option
 from simpletuner.config.root import options, sections
@@ -17,7 +17,7 @@ FILES = {"en": "OPTIONS.md", "es": "OPTIONS.es.md"}
 
 def help_text(option: Option, language: str) -> str:
     """What an option does, in the reader's language; English is the declaration's own text."""
-    is_dataset = option.section.partition(".")[0] in ("image", "text_embeds")
+    is_dataset = option.section.partition(".")[0] in ENTRY_MODELS
     key = f"dataset.{option.section}.{option.name}.help" if is_dataset else f"option.{option.name}.help"
     return catalog(language).get(key, option.help)
 
@@ -66,8 +66,8 @@ def reference(language: str) -> str:
     for section in sections():
         chosen = {name: option for name, option in options().items() if option.section == section}
         lines += _section(f"section.{section}", chosen, language)
-    lines += _section("dataset.image", dataset_options("image"), language)
-    lines += _section("dataset.text_embeds", dataset_options("text_embeds"), language)
+    for kind in ENTRY_MODELS:
+        lines += _section(f"dataset.{kind}", dataset_options(kind), language)
     return "\n".join(lines) + "\n"
 
 

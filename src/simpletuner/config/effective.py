@@ -21,8 +21,7 @@ def effective_json(loaded: LoadedConfig) -> str:
     """
     values: dict[str, object] = {name: loaded.config.option(name) for name in options()}
     values[ORIGINS_KEY] = {name: origin_text(origin, "en") for name, origin in loaded.origins.items()}
-    entries = (*loaded.datasets.images, loaded.datasets.text_embeds)
-    values[DATASETS_KEY] = [entry.model_dump(mode="json") for entry in entries]
+    values[DATASETS_KEY] = [entry.model_dump(mode="json") for entry in loaded.datasets.entries]
     return json.dumps(values, ensure_ascii=False, indent=2) + "\n"
 
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from simpletuner.catalog.upstream import UPSTREAM, Effect, asks_for_something
 from simpletuner.config.argv import parse_arguments
 from simpletuner.config.build import build_section, convert_setting, invalid_names
+from simpletuner.config.data_rules import broken_data_rules
 from simpletuner.config.datasets import DatasetsConfig
 from simpletuner.config.datasets_file import load_datasets
 from simpletuner.config.derive import Settings, derive
@@ -73,6 +74,7 @@ def load_run_config(
     datasets = load_datasets(config, environ=environ, cwd=cwd, is_needed=needs_files)
     problems += (_with_origin(problem, origins) for problem in datasets.problems)
     problems += full_without_regularisation(config, datasets.config, origins)
+    problems += (_with_origin(problem, origins) for problem in broken_data_rules(config, datasets.config, origins))
     refused += datasets.refused
     problems += refused if must_run else (replace(p, severity=Severity.WARNING) for p in refused)
     is_wrong = any(problem.severity is Severity.ERROR for problem in problems)

@@ -57,7 +57,8 @@ def scan(
 
     Args:
         on_progress: called with (images known, images listed).
-        max_workers: processes (threads, where the storage is remote) that read; None: as many as are useful.
+        max_workers: processes that read local files; None: as many as are useful. Remote ones are waited for in
+            threads, whose number is not that of processors.
         told: upright sizes that a table tells, by key; these headers are not read.
     Raises: StorageError: the storage as a whole fails; what was read until then is remembered.
     """
@@ -246,7 +247,7 @@ def _take_told(
 
 def _num_workers(storage: Storage, num_files: int, max_workers: int | None, *, is_light: bool) -> int:
     if storage.is_remote:
-        return min(max(num_files, 1), max_workers or _THREADS_PER_REMOTE)
+        return min(max(num_files, 1), _THREADS_PER_REMOTE)
     if is_light or num_files < _PROCESSES_FROM_FILES:
         return 1
     return min(max_workers or os.cpu_count() or 1, _MAX_PROCESSES)

@@ -13,6 +13,9 @@ from simpletuner.data.hashing import draw, draw_unit
 from simpletuner.data.records import DropReason, Geometry, Size
 from simpletuner.data.spec import CropStyle, ResizeSpec, ResolutionType
 
+MOST_ENLARGED_PX = 1 << 26
+"""An image that would have to be enlarged beyond that is not used: a line of pixels would fill the memory."""
+
 _PIXELS_PER_MEGAPIXEL = 1_000_000
 
 
@@ -33,6 +36,8 @@ def fit(size: Size, spec: ResizeSpec, *, seed: int, key: str) -> Geometry | Drop
         shrunk = scale_to(size, spec.target_downsample_size, spec.resolution_type)
         if shrunk[0] >= target[0] and shrunk[1] >= target[1] and shrunk[0] <= size[0]:
             intermediary = shrunk
+    if intermediary[0] * intermediary[1] > max(size[0] * size[1], MOST_ENLARGED_PX):
+        return DropReason.UPSCALE
     crop = _crop_position(intermediary, target, spec.crop_style, seed=seed, key=key, pass_number=0)
     return Geometry(target=target, intermediary=intermediary, crop=crop)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import BinaryIO
@@ -121,18 +121,30 @@ def decode(data: bytes) -> Image.Image:
 
     Raises: UnreadableImageError.
     """
-    with _reasons(), Image.open(BytesIO(data), formats=_FORMATS) as image:
-        _check_area(image.size)
-        transpose = _TRANSPOSE.get(_orientation(image, data[-_PNG_TAIL_BYTES:]))
-        image.load()
-        rgb = to_srgb(image)
-    return rgb if transpose is None else rgb.transpose(transpose)
+    return _decoded(data, to_srgb)
+
+
+def decode_mask(data: bytes) -> Image.Image:
+    """Return the upright grey image of a mask's bytes, 255 where it lets everything through: its alpha channel if some
+    of it is transparent, whatever its colours; else its brightness.
+
+    Raises: UnreadableImageError.
+    """
+    return _decoded(data, _to_mask)
 
 
 def cut(image: Image.Image, geometry: Geometry) -> npt.NDArray[np.uint8]:
     """Return the training picture of an upright image, [H, W, C] in 0..255: Lanczos resize, then the crop."""
     if image.size != geometry.intermediary:
         image = image.resize(geometry.intermediary, Image.Resampling.LANCZOS)
+    (left, top), (width, height) = geometry.crop, geometry.target
+    return np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.uint8)
+
+
+def cut_mask(image: Image.Image, geometry: Geometry) -> npt.NDArray[np.uint8]:
+    """Return what of an upright mask falls on the training picture of its image, [H, W] in 0..255."""
+    if image.size != geometry.intermediary:
+        image = image.resize(geometry.intermediary, Image.Resampling.BOX)  # which rings nowhere
     (left, top), (width, height) = geometry.crop, geometry.target
     return np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.uint8)
 
@@ -152,6 +164,23 @@ def without_decoder_warnings() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    with _reasons(), Image.open(BytesIO(data), formats=_FORMATS) as image:
+        _check_area(image.size)
+        transpose = _TRANSPOSE.get(_orientation(image, data[-_PNG_TAIL_BYTES:]))
+        image.load()
+        converted = convert(image)
+    return converted if transpose is None else converted.transpose(transpose)
+
+
+def _to_mask(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            return alpha
+    return to_srgb(image).convert("L")
 
 
 @contextmanager

@@ -171,6 +171,7 @@ def cache_latents(
     batch_size: int,
     on_progress: Progress,
     write_batch_size: int = 128,
+    write_batch_sizes: Mapping[Path, int] | None = None,
     max_workers: int | None = None,
 ) -> LatentStore:
     """Encode what is missing and return all latents of `plan`.
@@ -181,7 +182,7 @@ def cache_latents(
         batch_size: images per call of the encoder. All of one call have the same size.
         on_progress: called with (latents there, latents wanted), first before anything is encoded.
         write_batch_size: latents per file of the cache; what a killed run loses is at most that, and at most ten
-            seconds' work.
+            seconds' work. `write_batch_sizes` has others for some directories.
         max_workers: how many decode images at once; None: up to 8.
     Raises:
         PlanAgainError: images cannot be decoded; all others were encoded and stored.
@@ -204,9 +205,12 @@ def cache_latents(
     done = sum(key in store for store, by_key in wanted.items() for key in by_key)
     on_progress(done, total)
     if jobs:
+        group_sizes = write_batch_sizes or {}
         with ExitStack() as stack:
             writers = {
-                store: stack.enter_context(store.writer(group_entries=write_batch_size))
+                store: stack.enter_context(
+                    store.writer(group_entries=group_sizes.get(store.directory, write_batch_size))
+                )
                 for store in {job.store: None for job in jobs}
             }
             bad = _encode(
@@ -297,9 +301,11 @@ def _encode(
 ) -> list[_BadImage]:
     """Decode, encode and store; return the images that could not be decoded. Their companions are left for later."""
     bad: list[_BadImage] = []
-    num_workers = min(max_workers or os.cpu_count() or 1, _MAX_DECODERS)
+    is_remote = any(picture.storage.is_remote for job in jobs for picture in job.pictures)
+    num_workers = _MAX_DECODERS if is_remote else min(max_workers or os.cpu_count() or 1, _MAX_DECODERS)
     num_pictures = sum(len(job.pictures) for job in jobs)
-    pool = process_pool(num_workers) if num_pictures >= _PROCESSES_FROM_PICTURES else thread_pool(num_workers)
+    in_processes = num_pictures >= _PROCESSES_FROM_PICTURES and not is_remote
+    pool = process_pool(num_workers) if in_processes else thread_pool(num_workers)
     with ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)
         stack.enter_context(without_decoder_warnings())

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, islice
@@ -25,6 +25,14 @@ class Latents(Protocol):
         ...
 
 
+class Masks(Protocol):
+    """What counts of the pictures; `masks.MaskDraw` is one."""
+
+    def weights(self, samples: Sequence[Sample], index: int, rank: int) -> tuple[Tensor | None, ...] | None:
+        """Of `rank`'s micro-batch `index`: one tensor [1, h, w] or None for each sample; None for none at all."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch of one rank. All samples are of one dataset, and of one bucket unless it is packed."""
@@ -36,10 +44,18 @@ class Batch:
     samples: tuple[Sample, ...]
     dataset_id: str
     is_regularisation: bool
+    weights: tuple[Tensor | None, ...] | None = None
+    """How much each place of a sample counts, see `masks.MaskStore.weights`; None: all alike."""
 
 
 def iterate_batches(
-    sampler: Sampler, latents: Latents, *, start: int, rank: int = 0, prefetch: int = 4
+    sampler: Sampler,
+    latents: Latents,
+    *,
+    start: int,
+    rank: int = 0,
+    prefetch: int = 4,
+    masks: Masks | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches `start`, `start` + 1, ... without end, or until no dataset takes part any more.
 
@@ -51,12 +67,14 @@ def iterate_batches(
     def load(index: int) -> Batch:
         picks = sampler.picks(index, rank)
         dataset_id = picks[0].sample.dataset_id
+        samples = tuple(pick.sample for pick in picks)
         return Batch(
-            latents=tuple(latents.get(pick.sample) for pick in picks),
+            latents=tuple(latents.get(sample) for sample in samples),
             prompts=tuple(pick.prompt for pick in picks),
-            samples=tuple(pick.sample for pick in picks),
+            samples=samples,
             dataset_id=dataset_id,
             is_regularisation=regularisation[dataset_id],
+            weights=None if masks is None else masks.weights(samples, index, rank),
         )
 
     indices = count(start) if sampler.num_batches is None else iter(range(start, sampler.num_batches))

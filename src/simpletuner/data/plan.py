@@ -117,7 +117,7 @@ def find_images(
 ) -> FoundImages:
     """List every place, and read the tables, headers and caption files that are not known yet. See `build_plan`."""
     problems: list[Problem] = []
-    listings = _list_storages(specs, problems, cache_dir)
+    listings = list_storages(specs, problems, cache_dir)
     tables = _read_tables(specs, listings, problems)
     with open_index(cache_dir) as index:
         scans = _scan_storages(specs, listings, tables, index, problems, on_progress, max_workers)
@@ -175,7 +175,7 @@ def folder_problems(specs: Sequence[DatasetSpec]) -> list[Problem]:
     """What local listings and tables tell without reading an image, and without a network: a folder that is missing,
     closed or without images, a table that is missing or lacks a column."""
     problems: list[Problem] = []
-    listings = _list_storages([spec for spec in specs if isinstance(spec.storage, LocalStorage)], problems)
+    listings = list_storages([spec for spec in specs if isinstance(spec.storage, LocalStorage)], problems)
     empty = {name: listing for name, listing in listings.items() if not listing.images}
     for spec in specs:
         listing = empty.pop(spec.storage.id, None)
@@ -200,7 +200,7 @@ def unreadable_warnings(plan: Plan) -> list[Problem]:
     ]
 
 
-def _list_storages(
+def list_storages(
     specs: Sequence[DatasetSpec], problems: list[Problem], cache_dir: Path | None = None
 ) -> dict[str, Listing]:
     """List each storage once, though several datasets may use it. Kept listings are in `cache_dir`; they are used if
@@ -419,7 +419,8 @@ def plan_parts(plan: Plan) -> PlanParts:
     )
 
 
-def _names(names: Sequence[str]) -> str:
+def shown_names(names: Sequence[str]) -> str:
+    """The names as a message tells them, not too many."""
     more = len(names) - _NAMES_IN_A_MESSAGE
     return ", ".join(names[:_NAMES_IN_A_MESSAGE]) + (f" (+{more})" if more > 0 else "")
 
@@ -452,7 +453,7 @@ def _unreadable_problem(
     storage: Storage, unreadable: Sequence[Unreadable], *, code: str, severity: Severity
 ) -> Problem:
     names = [f"{item.key} ({item.reason})" for item in unreadable]
-    params = {"count": len(names), "folder": storage.id, "files": _names(names)}
+    params = {"count": len(names), "folder": storage.id, "files": shown_names(names)}
     return Problem(code=code, severity=severity, params=params)
 
 
@@ -493,7 +494,7 @@ def _caption_problems(spec: DatasetSpec, bad: Sequence[BadCaption]) -> list[Prob
         paths = [spec.storage.shown(item.key) for item in bad if item.fault is fault]
         if paths:
             table = spec.table.shown if spec.table is not None else "-"
-            params = {"id": spec.id, "count": len(paths), "files": _names(paths), "table": table}
+            params = {"id": spec.id, "count": len(paths), "files": shown_names(paths), "table": table}
             problems.append(Problem(code=code, params=params))
     return problems
 
@@ -503,7 +504,7 @@ def _no_batch_problem(spec: DatasetSpec, buckets: Sequence[Bucket], few: TooFew,
         "id": spec.id,
         "samples": sum(len(bucket.samples) for bucket in buckets),
         "buckets": len(buckets),
-        "short": _names([f"{b.size[0]}x{b.size[1]}: {b.num_images}" for b in few.short]),
+        "short": shown_names([f"{b.size[0]}x{b.size[1]}: {b.num_images}" for b in few.short]),
         "repeats": spec.repeats,
         "batch_size": batch_size,
         "minimum_repeats": few.minimum_repeats,

@@ -33,7 +33,7 @@ _HEADER_ALIGNMENT = 8
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100 << 20
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
@@ -75,6 +75,10 @@ class TensorStore:
     def contains(self, key: str) -> bool:
         """Whether `key` can be read."""
         return key in self._entries
+
+    def num_bytes(self, key: str) -> int:
+        """The size of an entry, known without reading it. Raises: KeyError: absent."""
+        return self._entries[key].num_bytes
 
     def get(self, key: str) -> Tensor:
         """Return a fresh CPU tensor, as it was put.
@@ -142,7 +146,7 @@ class Writer:
         self._oldest_s = 0.0
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Add a tensor (float32, bfloat16 or float16, any shape, any device). A key that is there already is kept."""
+        """Add a tensor (float32, bfloat16, float16 or uint8; any shape, any device). A key that is there is kept."""
         if key in self._store or any(new.key == key for new in self._pending):
             return
         data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -124,7 +124,6 @@ def find_duplicates(
     total = sum(len(files) for _, files in wanted)
     by_content: dict[str, list[str]] = defaultdict(list)
     done = 0
-    on_progress(done, total)
     with open_index(cache_dir) as index:
         for storage, files in wanted:
             contents, _ = learn_contents(

@@ -73,6 +73,16 @@ class PhaseProgress:
         self._begin = self._last_sent = time.monotonic()
         emit(event)
 
+    @property
+    def done(self) -> int:
+        """How many are done."""
+        return self._event.done
+
+    @property
+    def made(self) -> int:
+        """How many of them were not done when the phase began."""
+        return self._event.done - self._event.before
+
     def advance(self, amount: int = 1, *, detail: str | None = None) -> None:
         """`amount` more are done."""
         self._is_begun = True

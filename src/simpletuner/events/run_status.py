@@ -55,6 +55,7 @@ class Progress:
     epoch: int = 0
     loss: float | None = None  # smoothed
     regularisation_loss: float | None = None  # smoothed
+    held_out_loss: float | None = None  # the last one that was measured
     step_seconds: float | None = None  # smoothed
 
 
@@ -216,6 +217,11 @@ def _(event: t.StepFinished, snapshot: RunSnapshot) -> RunSnapshot:
         step_seconds=smooth(old.step_seconds, event.step_seconds),
     )
     return replace(snapshot, progress=progress, state="running" if snapshot.state == "starting" else snapshot.state)
+
+
+@advance.register
+def _(event: t.EvaluationFinished, snapshot: RunSnapshot) -> RunSnapshot:
+    return replace(snapshot, progress=replace(snapshot.progress, held_out_loss=event.loss))
 
 
 @advance.register

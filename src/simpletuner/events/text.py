@@ -23,7 +23,7 @@ from simpletuner.problems import ExitCode, Fix, Problem, Severity
 STEPS_PER_LINE = 10
 SECONDS_PER_LINE = 30.0
 NOTABLE_S = 0.05
-SILENT_PHASES = frozenset({"train", "validation", "checkpoint", "drift"})  # their own events say it
+SILENT_PHASES = frozenset({"train", "validation", "checkpoint", "drift", "evaluation"})  # their own events say it
 _BANNER_ROWS = ("model", "data", "precision", "device", "estimate", "plan", "validation", "output")
 
 Icon: TypeAlias = Literal["", "ok", "warning", "error", "saved", "images", "stop"]
@@ -220,6 +220,12 @@ class Narrator:
             return [Line(text=text("console.memory", self._language, **values))]
         values["expected"] = formats.size(event.estimated_bytes, self._language)
         return [Line(text=text("console.memory.estimated", self._language, **values))]
+
+    @_lines.register
+    def _(self, event: t.EvaluationFinished) -> list[Line]:
+        name = "eval-ema" if event.is_averaged else "eval"
+        losses = " ".join(f"{one.dataset}={one.loss:.4f}" for one in event.losses)
+        return [Line(text=f"{name} step={event.step} {losses} s={event.seconds:.3g}")]
 
     @_lines.register
     def _(self, event: t.ValidationDrift) -> list[Line]:

@@ -75,6 +75,7 @@ class RunPlanned(Event):
     validation_num_inference_steps: int | None = None
     validation_guidance: float | None = None  # Z-Image's scale; other programs' is this plus 1
     validation_sampling_shift: float | None = None
+    evaluation_step_interval: int | None = None  # None: no held-out images, or only before and after training
     checkpoint_step_interval: int | None = None
     gradient_checkpointing: bool = False
     memory_total_bytes: int | None = None  # of the device
@@ -286,6 +287,32 @@ class MemoryMeasured(Event):
     estimated_bytes: int | None = None  # of the device, of main memory on a CPU, as it was estimated
 
 
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutLoss:
+    """The loss of one set of held-out images: its mean, and that of each noise level."""
+
+    dataset: str  # "pool": of all datasets together
+    loss: float
+    num_images: int
+    by_sigma: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationFinished(Event):
+    """The loss of images that are not trained on. Step 0 is before the first update."""
+
+    name: ClassVar[str] = "evaluation.finished"
+    step: int
+    loss: float  # mean over all images
+    losses: tuple[HeldOutLoss, ...]
+    sigmas: tuple[float, ...]  # of `by_sigma`
+    seconds: float
+    is_averaged: bool = False  # of the moving average of the weights
+
+
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +400,7 @@ EVENTS: Mapping[str, type[Event]] = MappingProxyType(
             CheckpointSaved,
             CheckpointDeleted,
             MemoryMeasured,
+            EvaluationFinished,
             ValidationStarted,
             ValidationImage,
             ValidationDrift,

@@ -27,6 +27,7 @@ class RunView:
         self._step_seconds: deque[float] = deque(maxlen=WINDOW_STEPS)
         self._validation_seconds: list[float] = []
         self._save_seconds: list[float] = []
+        self._evaluation_seconds: dict[int, float] = {}  # by step: of the weights and of their average
 
     @property
     def validation_fraction(self) -> float:
@@ -42,10 +43,12 @@ class RunView:
             return None
         step, total = self.step.step, self.step.total
         validation_interval = self.plan.validation_step_interval if self.plan else None
+        evaluation_interval = self.plan.evaluation_step_interval if self.plan else None
         checkpoint_interval = self.plan.checkpoint_step_interval if self.plan else None
         pauses = (
             Pause(num_left=num_due(step, total, validation_interval), seconds=self._validation_seconds),
             Pause(num_left=num_due(step, total, checkpoint_interval), seconds=self._save_seconds),
+            Pause(num_left=num_due(step, total, evaluation_interval), seconds=[*self._evaluation_seconds.values()]),
         )
         return remaining_s(tuple(self._step_seconds), total - step, pauses)
 
@@ -94,6 +97,10 @@ class RunView:
     def _(self, event: t.CheckpointSaved) -> None:
         if not event.final:
             self._save_seconds.append(event.seconds)
+
+    @apply.register
+    def _(self, event: t.EvaluationFinished) -> None:
+        self._evaluation_seconds[event.step] = self._evaluation_seconds.get(event.step, 0.0) + event.seconds
 
     @apply.register
     def _(self, event: t.ValidationStarted) -> None:

@@ -29,11 +29,17 @@ class ReflexFlow:
     beta1: float = 10.0
     beta2: float = 1.0
 
-    def loss(self, predicted: Tensor, target: Tensor, errors: Tensor, drift: Tensor) -> Tensor:
-        """Of one sample, [] from [C, h, w] each; `errors` are by element."""
-        weighed = (self.weights(drift) * errors).mean()
+    def loss(
+        self, predicted: Tensor, target: Tensor, errors: Tensor, drift: Tensor, weights: Tensor | None = None
+    ) -> Tensor:
+        """Of one sample, [] from [C, h, w] each; `errors` are by element. `weights`, [1, h, w] with a mean of 1, say
+        how much each place counts: in the cosine, too, where 0 takes it out."""
+        weighed = self.weights(drift) * errors
+        if weights is not None:
+            weighed, roots = weighed * weights, weights.sqrt()
+            predicted, target = predicted.float() * roots, target.float() * roots
         cosine = functional.cosine_similarity(predicted.float().flatten(), target.float().flatten(), dim=0)
-        return self.beta2 * weighed + self.beta1 * (1 - cosine)
+        return self.beta2 * weighed.mean() + self.beta1 * (1 - cosine)
 
     def weights(self, drift: Tensor) -> Tensor:
         """W, with a mean of 1; all 1 where nothing has drifted."""

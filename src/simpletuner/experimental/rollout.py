@@ -85,14 +85,16 @@ class Rolled:
     num_forwards: int
     reflexflow: ReflexFlow | None
 
-    def losses(self, predicted: Sequence[Tensor], errors: Sequence[Tensor]) -> list[Tensor]:
-        """Per sample, [] each, from the errors by element."""
-        terms = zip(predicted, self.targets, errors, self.drifts, strict=True)
+    def losses(
+        self, predicted: Sequence[Tensor], errors: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
+        """Per sample, [] each, from the errors by element; `weights`: how much each place counts, with a mean of 1."""
+        terms = zip(predicted, self.targets, errors, self.drifts, weights or [None] * len(errors), strict=True)
         return [
-            error.mean()
+            (error if weight is None else error * weight).mean()
             if drift is None or self.reflexflow is None
-            else self.reflexflow.loss(prediction, target, error, drift)
-            for prediction, target, error, drift in terms
+            else self.reflexflow.loss(prediction, target, error, drift, weight)
+            for prediction, target, error, drift, weight in terms
         ]
 
 

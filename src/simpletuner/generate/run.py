@@ -29,7 +29,7 @@ from simpletuner.train.context import ContextCache
 from simpletuner.train.device import Compute
 from simpletuner.train.load import load_trained_model
 from simpletuner.train.offload import announce_offload
-from simpletuner.train.prepare import Vae, fill_prompt_cache, free_memory
+from simpletuner.train.prepare import Vae, fill_prompt_cache, free_memory, prompt_group
 from simpletuner.validation.generate import ImageEngine, SamplingSettings, grouped, make_images
 
 _NUMBERED = re.compile(r"(\d{4,})_")
@@ -65,7 +65,8 @@ def generate(
         SimpletunerError: the model or an adapter cannot be used, or the folder cannot be written to.
     """
     announce_offload(config.memory, files.transformer, compute, run)
-    prompts = fill_prompt_cache(_texts(shots), config=config, datasets=datasets, files=files, compute=compute, run=run)
+    groups = [prompt_group(_texts(shots), datasets.text_embeds)]
+    prompts = fill_prompt_cache(groups, config=config, files=files, compute=compute, run=run)
     transformer = load_trained_model(config, files=files.transformer, compute=compute, run=run)
     stack = AdapterStack(transformer, adapters, dtype=compute.weights)
     transformer.eval()

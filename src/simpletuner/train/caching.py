@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,12 +14,12 @@ from simpletuner.config.root import Config
 from simpletuner.data.latents import PlanAgainError
 from simpletuner.data.records import Plan
 from simpletuner.events import types as t
-from simpletuner.events.progress import PhaseProgress, Reporter, in_phase
+from simpletuner.events.progress import PhaseProgress, Reporter
 from simpletuner.train.device import choose_compute, choose_device
 from simpletuner.train.find import find_model
 from simpletuner.train.oom import is_out_of_memory, out_of_memory
-from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache
-from simpletuner.train.start import all_prompts, image_requests, scan_datasets, with_seed
+from simpletuner.train.prepare import Vae, fill_latent_cache, fill_mask_cache, fill_prompt_cache, run_prompts
+from simpletuner.train.start import FoundData, find_data, image_requests, validation_prompts, with_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class CacheSummary:
     latents: Filled
     prompts: Filled
     latent_folders: tuple[Path, ...]
-    prompt_folder: Path
+    prompt_folders: tuple[Path, ...]
     num_unreadable: int
     """Images that are left out because they cannot be read."""
     left_to_training: tuple[str, ...]
@@ -54,28 +56,30 @@ def fill_caches(loaded: LoadedConfig, *, run: Reporter) -> CacheSummary:
         run.emit(t.ProblemReported(problem=problem))
     counting = _Counting(run)
     config = with_seed(loaded.config, None, run)
-    plan = scan_datasets(config, loaded.datasets, run)
     try:
-        plan = _fill(config, loaded.datasets, plan, counting)
+        found = _fill(config, loaded.datasets, counting)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(error, None, phase="latents") from error
-    later = _left_to_training(loaded.datasets, plan)
+    plans, datasets = found.plans, loaded.datasets
+    planned = {dataset.id for plan in plans for dataset in plan.datasets}
+    later = _left_to_training(datasets)
+    cached = [one for one in (*datasets.images, *datasets.evals) if one.id in planned - set(later)]
+    embeds = [datasets.embeds_of(one) for one in (*datasets.images, *datasets.evals) if one.id in planned]
     return CacheSummary(
-        latents=counting.filled("latents"),
+        latents=counting.filled("latents", "held_out"),
         prompts=counting.filled("prompts"),
-        latent_folders=tuple(
-            sorted({Path(one.cache_dir_vae) for one in loaded.datasets.images if one.id not in later})
-        ),
-        prompt_folder=Path(loaded.datasets.text_embeds.cache_dir),
-        num_unreadable=len({(d.storage.id, item.key) for d in plan.datasets for item in d.unreadable}),
-        left_to_training=later,
+        latent_folders=tuple(sorted({Path(one.cache_dir_vae) for one in cached})),
+        prompt_folders=tuple(sorted({Path(one.cache_dir) for one in (datasets.text_embeds, *embeds) if one.is_kept})),
+        num_unreadable=len({(d.storage.id, item.key) for p in plans for d in p.datasets for item in d.unreadable}),
+        left_to_training=tuple(one for one in later if one in planned),
     )
 
 
-def _fill(config: Config, datasets: DatasetsConfig, plan: Plan, run: Reporter) -> Plan:
-    """Fill both caches; the plan without the images that turned out to be unreadable."""
+def _fill(config: Config, datasets: DatasetsConfig, run: _Counting) -> FoundData:
+    """Fill the caches; what is left once the images that turned out to be unreadable are out."""
+    found = find_data(config, datasets, run)
     compute, override = choose_compute(
         choose_device(config.run.device),
         mixed_precision=config.memory.mixed_precision,
@@ -84,58 +88,69 @@ def _fill(config: Config, datasets: DatasetsConfig, plan: Plan, run: Reporter) -
     if override is not None:
         run.emit(override)
     files, _ = find_model(config, run)
-    requests = image_requests(config)
+    more = validation_prompts(config, image_requests(config))
     vae = Vae(config, files=files, compute=compute, run=run)
+    later = _left_to_training(datasets)
     while True:
-        fill_prompt_cache(
-            all_prompts(config, plan, requests),
-            config=config,
-            datasets=datasets,
-            files=files,
-            compute=compute,
-            run=run,
-        )
-        later = _left_to_training(datasets, plan)
-        now = replace(plan, datasets=tuple(dataset for dataset in plan.datasets if dataset.id not in later))
+        groups = run_prompts(found.plan, found.held_out.plan, datasets, more)
+        kept = [group for group in groups if group.directory is not None]
+        fill_prompt_cache(kept, config=config, files=files, compute=compute, run=run)
         try:
             with ExitStack() as cleanup:
                 fill_latent_cache(
-                    now, config=config, datasets=datasets, vae=vae, compute=compute, run=run, cleanup=cleanup
+                    _without(found.plan, later),
+                    _without(found.held_out.plan, later),
+                    config=config,
+                    datasets=datasets,
+                    vae=vae,
+                    compute=compute,
+                    run=run,
+                    cleanup=cleanup,
                 )
         except PlanAgainError:
-            plan = scan_datasets(config, datasets, run)
+            run.begin_again()
+            found = find_data(config, datasets, run)
         else:
-            return plan
+            break
+    for plan in found.plans:
+        fill_mask_cache(plan, found.masks, config=config, datasets=datasets, run=run)
+    return found
 
 
-def _left_to_training(datasets: DatasetsConfig, plan: Plan) -> tuple[str, ...]:
-    planned = {dataset.id for dataset in plan.datasets}
-    return tuple(one.id for one in datasets.images if one.id in planned and encodes_while_training(one))
+def _without(plan: Plan, names: Collection[str]) -> Plan:
+    return replace(plan, datasets=tuple(dataset for dataset in plan.datasets if dataset.id not in names))
+
+
+def _left_to_training(datasets: DatasetsConfig) -> tuple[str, ...]:
+    return tuple(one.id for one in (*datasets.images, *datasets.evals) if encodes_while_training(one))
 
 
 class _Counting:
-    """Passes everything on, and counts what the phases made, also those that had to be done again."""
+    """Passes everything on, and counts what the phases made."""
 
     def __init__(self, run: Reporter) -> None:
         self._run = run
-        self._first: dict[str, t.RunPhase] = {}
-        self._last: dict[str, t.RunPhase] = {}
+        self._made: Counter[str] = Counter()
+        self._done: Counter[str] = Counter()
 
     def emit(self, event: t.Event) -> None:
         """See `Reporter`."""
         self._run.emit(event)
-        if isinstance(event, t.RunPhase) and event.total is not None:
-            self._first.setdefault(event.key, event)
-            self._last[event.key] = event
 
-    def phase(
-        self, key: str, total: int | None = None, *, unit: str | None = None
-    ) -> AbstractContextManager[PhaseProgress]:
-        """See `Reporter`."""
-        return in_phase(self.emit, t.RunPhase(key=key, total=total, unit=unit))
+    @contextmanager
+    def phase(self, key: str, total: int | None = None, *, unit: str | None = None) -> Iterator[PhaseProgress]:
+        """See `Reporter`. What a phase made counts, whether or not it comes to its end."""
+        with self._run.phase(key, total, unit=unit) as progress:
+            try:
+                yield progress
+            finally:
+                self._made[key] += progress.made
+                self._done[key] += progress.done
 
-    def filled(self, key: str) -> Filled:
-        """What the phase `key` came to."""
-        if key not in self._last:
-            return Filled(total=0, made=0)
-        return Filled(total=self._last[key].done, made=self._last[key].done - self._first[key].before)
+    def begin_again(self) -> None:
+        """All phases come once more; what was made stays made."""
+        self._done.clear()
+
+    def filled(self, *keys: str) -> Filled:
+        """What the phases `keys` came to together."""
+        return Filled(total=sum(self._done[key] for key in keys), made=sum(self._made[key] for key in keys))

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from simpletuner.train.seeds import generator
 from simpletuner.train.sigma_law import Listed, LogitNormal, SigmaLaw, auto_shift, inside, shifted
+
+Weights: TypeAlias = Sequence[Tensor | None]
+"""Of B samples: how much each place counts, [1, h, w] with a mean of 1, none negative; None: all places alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +170,23 @@ def flow_targets(latents: Sequence[Tensor], noise: Sequence[Tensor]) -> list[Ten
 
 
 def flow_loss(
-    predicted: Sequence[Tensor], target: Sequence[Tensor], sigma_B: Tensor, settings: LossSettings | None = None
+    predicted: Sequence[Tensor],
+    target: Sequence[Tensor],
+    sigma_B: Tensor,
+    settings: LossSettings | None = None,
+    weights: Weights | None = None,
 ) -> Tensor:
     """Distance per sample in float32: [B]."""
-    return torch.stack([errors.mean() for errors in flow_errors(predicted, target, sigma_B, settings)])
+    errors = flow_errors(predicted, target, sigma_B, settings)
+    return torch.stack([error.mean() for error in weighed(errors, weights)])
+
+
+def weighed(errors: Sequence[Tensor], weights: Weights | None) -> list[Tensor]:
+    """Errors by element, each times what its place counts. The mean of one is then the mean over what counts, however
+    little of the picture that is; where the weight is 0, nothing is learnt."""
+    if weights is None:
+        return list(errors)
+    return [e if w is None else e * w for e, w in zip(errors, weights, strict=True)]
 
 
 def flow_errors(

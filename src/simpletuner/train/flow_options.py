@@ -43,4 +43,5 @@ def deciding_options(config: Config, datasets: DatasetsConfig) -> dict[str, obje
         found["validation_sampling_shift"] = config.validation.validation_sampling_shift
     for dataset in datasets.images:
         found[f"{dataset.id}.timestep_sampling_offset"] = dataset.timestep_sampling_offset
+        found[f"{dataset.id}.conditioning_data"] = ", ".join(dataset.conditioning_data)
     return found

@@ -37,6 +37,7 @@ class LoopSettings:
     schedule: ScheduleSettings
     checkpoint_interval: int
     validation_interval: int
+    evaluation_interval: int = 0
 
 
 class Steering(Protocol):
@@ -59,13 +60,15 @@ def run_loop(
     update: Callable[[Iterator[MicroBatch], float], StepResult],
     save: Callable[[int], None],
     validate: Callable[[int], None],
+    evaluate: Callable[[int], None] = lambda step: None,
     steering: Steering,
     emit: Callable[[Event], None],
 ) -> tuple[Ending, int]:
     """Train from `start_step` to `total_steps`; return how it ended and how many updates are done.
 
-    `update(micro_batches, learning_rate)` does one optimizer update; `save(step)` and `validate(step)` act on the
-    state after `step` updates. The last step is neither saved nor validated here: the caller finishes the run.
+    `update(micro_batches, learning_rate)` does one optimizer update; `save(step)`, `evaluate(step)` and
+    `validate(step)` act on the state after `step` updates. The last step is none of that here: the caller finishes
+    the run.
     """
     batches = iter(batches)
     clock = _DataClock(batches)
@@ -83,6 +86,8 @@ def run_loop(
             break
         if _is_due(step, settings.checkpoint_interval) or steering.wants_checkpoint():
             save(step)
+        if _is_due(step, settings.evaluation_interval):
+            evaluate(step)
         if _is_due(step, settings.validation_interval) or steering.wants_validation():
             validate(step)
         stop_level = steering.stop_level()

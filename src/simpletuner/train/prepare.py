@@ -7,30 +7,39 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from simpletuner.config.datasets import DatasetsConfig, encodes_while_training, keeps_latents
+from simpletuner.config.datasets import (
+    DatasetsConfig,
+    TextEmbeds,
+    encodes_while_training,
+    keeps_latents,
+    takes_fresh_crops,
+)
 from simpletuner.config.root import Config
 from simpletuner.data.latents import LatentSource, cache_latents, learn_latent_keys
 from simpletuner.data.loader import Latents
+from simpletuner.data.mask_pairs import MaskFiles
+from simpletuner.data.masks import MaskStore, cache_masks
 from simpletuner.data.on_demand import OnDemandLatents
-from simpletuner.data.prompts import PromptSource, PromptStore, cache_prompts
+from simpletuner.data.prompts import PromptGroup, PromptSource, PromptStore, cache_prompts
 from simpletuner.data.records import Plan, Sample
 from simpletuner.events.progress import PhaseProgress, Reporter
+from simpletuner.events.types import ProblemReported
 from simpletuner.hardware.process_memory import return_free_memory
 from simpletuner.memory.module_swap import apply_module_swap
 from simpletuner.models.weights import PipelineFiles
+from simpletuner.models.z_image.spec import Z_IMAGE
 from simpletuner.models.z_image.text import encoder_id, load_prompt_encoder
 from simpletuner.models.z_image.vae import LatentCodec, codec_id, codec_pieces, load_latent_codec
 from simpletuner.quant.build import quantiser
 from simpletuner.train.device import Compute
 from simpletuner.train.offload import TextEncoderStream, vae_is_offloaded
-
-_PROMPTS_PER_CALL = 4
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -44,16 +53,42 @@ class _Identified(Generic[_In, _Out]):
     encode: Callable[[_In], _Out]
 
 
+def prompt_group(prompts: Iterable[str], embeds: TextEmbeds) -> PromptGroup:
+    """Prompts that are cached where an entry says."""
+    return PromptGroup(
+        prompts=prompts,
+        directory=Path(embeds.cache_dir) if embeds.is_kept else None,
+        batch_size=embeds.text_encoder_batch_size,
+        write_batch_size=embeds.write_batch_size,
+    )
+
+
+def prompt_groups(plan: Plan, datasets: DatasetsConfig, more: Iterable[str] = ()) -> list[PromptGroup]:
+    """The captions of a plan, those of each dataset where it says. First what the default entry caches, with `more`:
+    prompts of no dataset."""
+    by_entry: dict[str, set[str]] = {datasets.text_embeds.id: set(more)}
+    entries = {entry.id: entry for entry in (datasets.text_embeds, *datasets.other_text_embeds)}
+    declared = {dataset.id: dataset for dataset in (*datasets.images, *datasets.evals)}
+    for dataset in plan.datasets:
+        entry = datasets.embeds_of(declared[dataset.id])
+        by_entry.setdefault(entry.id, set()).update(Plan(datasets=(dataset,), fingerprint="").prompts())
+    return [prompt_group(prompts, entries[name]) for name, prompts in by_entry.items() if prompts]
+
+
+def run_prompts(plan: Plan, held_out: Plan, datasets: DatasetsConfig, validation: Iterable[str]) -> list[PromptGroup]:
+    """Every text that a run embeds. Captions of held-out images never share a call of the encoder with others."""
+    return [*prompt_groups(plan, datasets, validation), *prompt_groups(held_out, datasets)]
+
+
 def fill_prompt_cache(
-    prompts: Iterable[str],
+    groups: Sequence[PromptGroup],
     *,
     config: Config,
-    datasets: DatasetsConfig,
     files: PipelineFiles,
     compute: Compute,
     run: Reporter,
 ) -> PromptStore:
-    """Embeddings of all `prompts`; the text encoder is loaded only if one is missing."""
+    """Embeddings of all prompts; the text encoder is loaded only if one is missing."""
     dtype, max_tokens = compute.weights, config.model.tokenizer_max_length
     precision = config.memory.text_encoder_precision
 
@@ -78,12 +113,9 @@ def fill_prompt_cache(
     )
     with run.phase("prompts", unit="prompts") as progress:
         store = cache_prompts(
-            prompts,
+            groups,
             PromptSource(id=identity, open=open_encoder),
-            directory=Path(datasets.text_embeds.cache_dir),
-            batch_size=_PROMPTS_PER_CALL,
             on_progress=lambda done, total: progress.update(done, total=total),
-            write_batch_size=datasets.text_embeds.write_batch_size,
         )
     free_memory(compute.device)
     return store
@@ -162,6 +194,7 @@ class LatentsByDataset:
 
 def fill_latent_cache(
     plan: Plan,
+    held_out: Plan,
     *,
     config: Config,
     datasets: DatasetsConfig,
@@ -170,15 +203,50 @@ def fill_latent_cache(
     run: Reporter,
     cleanup: ExitStack,
 ) -> Latents:
-    """Latents of all samples of the plan, but for those that are encoded while training; the VAE is loaded only if one
-    is missing.
+    """Latents of all samples of a plan, but for those that are encoded while training; the VAE is loaded only if one
+    is missing. Held-out images never share a call of it with others.
 
     Args: cleanup: outlives the training.
     Raises:
         PlanAgainError: images turned out to be unreadable; a new plan leaves them out.
     """
-    by_id = {dataset.id: dataset for dataset in datasets.images}
-    directories = {dataset.id: Path(dataset.cache_dir_vae) for dataset in datasets.images}
+    fill = partial(_fill_latents, config=config, datasets=datasets, vae=vae, run=run, cleanup=cleanup)
+    latents = {**fill(plan, phase="latents"), **fill(held_out, phase="held_out")}
+    vae.close()
+    free_memory(compute.device)
+    return LatentsByDataset(latents)
+
+
+def fill_mask_cache(
+    plan: Plan, masks: Mapping[str, MaskFiles], *, config: Config, datasets: DatasetsConfig, run: Reporter
+) -> MaskStore:
+    """The masks of a plan, but for those of crops that change while training."""
+    fresh = {dataset.id for dataset in (*datasets.images, *datasets.evals) if takes_fresh_crops(dataset)}
+    now = replace(plan, datasets=tuple(d for d in plan.datasets if d.id in masks and d.id not in fresh))
+    if not now.datasets:
+        return MaskStore(masks, px_per_latent=Z_IMAGE.vae_factor)
+    cache_dir = Path(config.data.cache_dir)
+    with run.phase("masks", unit="images") as progress:
+        store, warnings = cache_masks(
+            now,
+            masks,
+            directory=cache_dir / "masks",
+            cache_dir=cache_dir,
+            px_per_latent=Z_IMAGE.vae_factor,
+            on_progress=lambda done, total: progress.update(done, total=total),
+            max_workers=config.data.max_workers,
+        )
+    for problem in warnings:
+        run.emit(ProblemReported(problem=problem))
+    return store
+
+
+def _fill_latents(
+    plan: Plan, *, phase: str, config: Config, datasets: DatasetsConfig, vae: Vae, run: Reporter, cleanup: ExitStack
+) -> dict[str, Latents]:
+    by_id = {dataset.id: dataset for dataset in (*datasets.images, *datasets.evals)}
+    directories = {name: Path(dataset.cache_dir_vae) for name, dataset in by_id.items()}
+    group_sizes = {Path(entry.cache_dir): entry.write_batch_size for entry in datasets.image_embeds}
     later = [dataset for dataset in plan.datasets if encodes_while_training(by_id[dataset.id])]
     now = replace(plan, datasets=tuple(dataset for dataset in plan.datasets if dataset not in later))
     source = LatentSource(id=vae.id, open=lambda: vae)
@@ -193,7 +261,7 @@ def fill_latent_cache(
         )
     latents: dict[str, Latents] = {}
     if now.datasets:
-        with run.phase("latents", unit="images") as progress:
+        with run.phase(phase, unit="images") as progress:
             store = cache_latents(
                 now,
                 source,
@@ -203,6 +271,7 @@ def fill_latent_cache(
                 batch_size=config.data.vae_batch_size,
                 on_progress=lambda done, total: progress.update(done, total=total),
                 write_batch_size=config.data.write_batch_size,
+                write_batch_sizes=group_sizes,
                 max_workers=config.data.max_workers,
             )
         latents |= {dataset.id: store for dataset in now.datasets}
@@ -217,9 +286,7 @@ def fill_latent_cache(
         )
         cleanup.enter_context(on_demand)
         latents |= {dataset.id: on_demand for dataset in later}
-    vae.close()
-    free_memory(compute.device)
-    return LatentsByDataset(latents)
+    return latents
 
 
 class _LatePhase:

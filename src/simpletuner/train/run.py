@@ -13,13 +13,15 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from simpletuner.adapters.lora import disabled
 from simpletuner.config.datasets import encodes_while_training
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config, options
 from simpletuner.data.latents import PlanAgainError
-from simpletuner.data.loader import Latents, iterate_batches
+from simpletuner.data.loader import Latents, Masks, iterate_batches
+from simpletuner.data.masks import MaskDraw
 from simpletuner.data.plan import plan_parts
 from simpletuner.data.prompts import PromptStore
 from simpletuner.data.records import Plan
@@ -53,16 +55,24 @@ from simpletuner.train.checkpoint import (
     total_bytes,
 )
 from simpletuner.train.device import Compute, choose_compute, choose_device, device_name
+from simpletuner.train.evaluate import Evaluator, HeldOutData, evaluation_interval
 from simpletuner.train.find import find_model
 from simpletuner.train.flow_options import deciding_options
 from simpletuner.train.images import Validator
 from simpletuner.train.loop import Ending, LoopSettings, run_loop
 from simpletuner.train.offload import announce_offload
 from simpletuner.train.oom import is_out_of_memory, out_of_memory
-from simpletuner.train.prepare import Vae, fill_latent_cache, fill_prompt_cache, free_memory
+from simpletuner.train.prepare import (
+    Vae,
+    fill_latent_cache,
+    fill_mask_cache,
+    fill_prompt_cache,
+    free_memory,
+    run_prompts,
+)
 from simpletuner.train.resume import Checkpoint, Recipe, recipe_problems
 from simpletuner.train.rollouts import make_rollout, rollout_cost, rollout_settings
-from simpletuner.train.start import Start, all_prompts, plan_again
+from simpletuner.train.start import Start, plan_again, validation_prompts
 from simpletuner.train.step import MicroBatch, StepResult, train_step
 from simpletuner.train.trained import Trained
 
@@ -159,9 +169,11 @@ class _Run:
             announce_offload(config.memory, files.transformer, compute, run, addition_key=key)
             account = Account(config, self._loaded.datasets, device=compute.device, records=self._measurements)
             self._account = account
-            encodes = any(map(encodes_while_training, self._loaded.datasets.images))
+            datasets = self._loaded.datasets
+            encodes = any(map(encodes_while_training, (*datasets.images, *datasets.evals)))
             vae = Vae(config, files=files, compute=compute, run=run, is_needed_throughout=encodes)
             start, prompts, latents = self._fill_caches(account, files, vae, compute, start_step=start_step)
+            masks, held_out = self._fill_masks(start, latents)
             requests, plan, sampler, total_steps = start.requests, start.plan, start.sampler, start.total_steps
             recipe = self._recipe(plan)
             account.look_at(plan, total_steps, lambda prompt: len(prompts.get(prompt)))
@@ -185,12 +197,15 @@ class _Run:
                 stop=self._stop,
                 headings=self._headings,
             )
+            evaluator = Evaluator(config.validation, held_out, training=training, run=run, stop=self._stop)
             if checkpoint is not None:
                 self._trained.load(checkpoint.path, training.transformer)
                 state = load_optimizer_state(checkpoint)
                 restore_optimizer_(training.optimizer, state, name=config.optimizer.optimizer)
                 self._restore_average(training, checkpoint)
             account.meter.enter("validation")
+            if start_step == 0:
+                evaluator.evaluate(0)
             validator.show_base()
             if start_step and config.validation.validation_on_startup:
                 validator.show(start_step)
@@ -203,6 +218,7 @@ class _Run:
                     device=compute.device,
                     prefetch=config.data.dataloader_prefetch_qlen if config.data.dataloader_prefetch else 0,
                     sigma_offsets={one.id: one.timestep_sampling_offset for one in self._loaded.datasets.images},
+                    masks=masks,
                 )
             )
         )
@@ -219,10 +235,11 @@ class _Run:
         account.meter.enter("training")
         ending, step = run_loop(
             batches,
-            settings=self._loop_settings(sampler, start_step=start_step, total_steps=total_steps),
+            settings=self._loop_settings(start, start_step=start_step),
             update=self._updater(training),
             save=lambda step: self._save(training, recipe, step),
             validate=validate,
+            evaluate=evaluator.evaluate,
             steering=_Steering(run, self._stop),
             emit=emit,
         )
@@ -234,6 +251,7 @@ class _Run:
             return Outcome(exit_code=ExitCode.INTERRUPTED, step=step, sheet=validator.sheet)
         self._save(training, recipe, step)
         weights = self._save_result(training, step)
+        evaluator.evaluate(step)
         validator.show(step)
         return Outcome(exit_code=ExitCode.OK, step=step, weights=weights, sheet=validator.sheet)
 
@@ -243,14 +261,13 @@ class _Run:
         """Announce the run and fill its caches; the start that it has once all images are known to be whole."""
         config, datasets, start = self._config, self._loaded.datasets, self._start
         while True:
-            plan = start.plan
+            plan, held_out = start.plan, start.data.held_out.plan
             account.look_at(plan, start.total_steps)
             self._announce(start, compute, account.expected(), start_step=start_step)
             account.meter.enter("prompts")
             prompts = fill_prompt_cache(
-                all_prompts(config, plan, start.requests),
+                run_prompts(plan, held_out, datasets, validation_prompts(config, start.requests)),
                 config=config,
-                datasets=datasets,
                 files=files,
                 compute=compute,
                 run=self._run,
@@ -259,6 +276,7 @@ class _Run:
             try:
                 latents = fill_latent_cache(
                     plan,
+                    held_out,
                     config=config,
                     datasets=datasets,
                     vae=vae,
@@ -270,6 +288,19 @@ class _Run:
                 start = plan_again(start, datasets, run=self._run)
             else:
                 return start, prompts, latents
+
+    def _fill_masks(self, start: Start, latents: Latents) -> tuple[MaskDraw | None, HeldOutData | None]:
+        """What is masked in training, and what the loss is measured on."""
+        config, datasets, files = self._config, self._loaded.datasets, start.data.masks
+        draw = None
+        if files and config.flow.masked_loss_probability:
+            store = fill_mask_cache(start.plan, files, config=config, datasets=datasets, run=self._run)
+            draw = MaskDraw(store=store, probability=config.flow.masked_loss_probability, seed=config.run.seed)
+        held_out = start.data.held_out
+        if not held_out.sets:
+            return draw, None
+        store = fill_mask_cache(held_out.plan, files, config=config, datasets=datasets, run=self._run)
+        return draw, HeldOutData(sets=held_out.sets, latents=latents, masks=store)
 
     def _choose_compute(self) -> Compute:
         compute, override = choose_compute(
@@ -339,6 +370,7 @@ class _Run:
                 validation_num_inference_steps=config.validation.validation_num_inference_steps if requests else None,
                 validation_guidance=config.validation.validation_guidance if requests else None,
                 validation_sampling_shift=config.validation.validation_sampling_shift if requests else None,
+                evaluation_step_interval=self._evaluation_interval(start),
                 checkpoint_step_interval=config.run.checkpoint_step_interval,
                 gradient_checkpointing=config.memory.gradient_checkpointing,
                 memory_total_bytes=total,
@@ -349,17 +381,25 @@ class _Run:
             )
         )
 
-    def _loop_settings(self, sampler: Sampler, *, start_step: int, total_steps: int) -> LoopSettings:
+    def _loop_settings(self, start: Start, *, start_step: int) -> LoopSettings:
         config = self._config
         return LoopSettings(
             start_step=start_step,
-            total_steps=total_steps,
+            total_steps=start.total_steps,
             accumulation_steps=config.optimizer.gradient_accumulation_steps,
-            epoch_of=sampler.epoch_of,
+            epoch_of=start.sampler.epoch_of,
             schedule=schedule_settings(config),
             checkpoint_interval=config.run.checkpoint_step_interval,
             validation_interval=config.validation.validation_step_interval,
+            evaluation_interval=self._evaluation_interval(start) or 0,
         )
+
+    def _evaluation_interval(self, start: Start) -> int | None:
+        """Updates from one evaluation to the next; None where nothing is evaluated."""
+        if not start.data.held_out.sets:
+            return None
+        updates_per_epoch = start.sampler.batches_per_epoch / self._config.optimizer.gradient_accumulation_steps
+        return evaluation_interval(self._config.validation, updates_per_epoch=updates_per_epoch)
 
     def _restore_average(self, training: Training, checkpoint: Checkpoint) -> None:
         if training.ema is None:
@@ -468,9 +508,10 @@ def micro_batches(
     device: torch.device,
     prefetch: int,
     sigma_offsets: Mapping[str, float],
+    masks: Masks | None = None,
 ) -> Generator[MicroBatch]:
     """This rank's micro-batches from number `start` on, without end, on `device`; `sigma_offsets` by dataset."""
-    batches = iterate_batches(sampler, latents, start=start, prefetch=prefetch)
+    batches = iterate_batches(sampler, latents, start=start, prefetch=prefetch, masks=masks)
     for index, batch in enumerate(batches, start):
         yield MicroBatch(
             index=index,
@@ -480,7 +521,12 @@ def micro_batches(
             names=[sample.record.key for sample in batch.samples],
             dataset=batch.dataset_id,
             sigma_offset=sigma_offsets[batch.dataset_id],
+            weights=None if batch.weights is None else [_on(device, weight) for weight in batch.weights],
         )
+
+
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 def config_hash(config: Config) -> str:

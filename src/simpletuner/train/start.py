@@ -6,7 +6,7 @@ Most mistakes that are not in the configuration itself show up here, so their me
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import cast
 from simpletuner.config.datasets import CaptionShuffle, DatasetsConfig, ImageDataset, TextEmbeds, takes_fresh_crops
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
+from simpletuner.data.held_out import HeldOut, choose_held_out, trained_warnings
+from simpletuner.data.mask_pairs import MaskFiles, pair_masks
 from simpletuner.data.plan import build_plan, has_kept_listing, unreadable_warnings
 from simpletuner.data.records import DatasetPlan, DropReason, Plan, Size
 from simpletuner.data.sampler import Sampler
@@ -39,15 +41,34 @@ from simpletuner.validation.requests import ImageRequest, plan_images, read_prom
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoundData:
+    """What a run trains on and is measured by. `masks`: by dataset."""
+
+    plan: Plan
+    held_out: HeldOut
+    masks: Mapping[str, MaskFiles]
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Of the images that are trained on, and of those that are not."""
+        return self.plan, self.held_out.plan
+
+
+@dataclass(frozen=True, kw_only=True)
 class Start:
     """Where a run begins. `config` has the seed that is used; without a `checkpoint` it starts afresh."""
 
     config: Config
     requests: tuple[ImageRequest, ...]
     checkpoint: Checkpoint | None
-    plan: Plan
+    data: FoundData
     sampler: Sampler
     total_steps: int
+
+    @property
+    def plan(self) -> Plan:
+        """What is trained on."""
+        return self.data.plan
 
 
 def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
@@ -66,8 +87,8 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
         run.emit(RunResumed(step=checkpoint.step, path=_shown(checkpoint.path, output_dir)))
     requests = image_requests(loaded.config)
     config = with_seed(loaded.config, checkpoint, run)
-    plan = scan_datasets(config, loaded.datasets, run)
-    sampler = make_sampler(config, plan)
+    found = find_data(config, loaded.datasets, run)
+    sampler = make_sampler(config, found.plan)
     total_steps = total_updates(config, sampler)
     for problem in idle_warnings(config, sampler, total_steps):
         run.emit(ProblemReported(problem=problem))
@@ -75,7 +96,7 @@ def settle_start(loaded: LoadedConfig, *, run: RunRecorder) -> Start:
         config=config,
         requests=requests,
         checkpoint=checkpoint,
-        plan=plan,
+        data=found,
         sampler=sampler,
         total_steps=total_steps,
     )
@@ -87,9 +108,14 @@ def plan_again(start: Start, datasets: DatasetsConfig, *, run: RunRecorder) -> S
     Raises:
         DatasetError: those that are left do not make a run.
     """
-    plan = scan_datasets(start.config, datasets, run)
-    sampler = make_sampler(start.config, plan)
-    return replace(start, plan=plan, sampler=sampler, total_steps=total_updates(start.config, sampler))
+    found = find_data(start.config, datasets, run)
+    sampler = make_sampler(start.config, found.plan)
+    return replace(
+        start,
+        data=found,
+        sampler=sampler,
+        total_steps=total_updates(start.config, sampler),
+    )
 
 
 def make_sampler(config: Config, plan: Plan) -> Sampler:
@@ -121,12 +147,88 @@ def image_requests(config: Config) -> tuple[ImageRequest, ...]:
     )
 
 
-def all_prompts(config: Config, plan: Plan, requests: Sequence[ImageRequest]) -> list[str]:
-    """Every text that a run embeds: captions, prompts of the validation and its negative prompt."""
-    prompts = set(plan.prompts()) | {request.prompt.text for request in requests}
+def validation_prompts(config: Config, requests: Sequence[ImageRequest]) -> list[str]:
+    """The texts that images are made from: their prompts, and the negative prompt where guidance needs it."""
+    prompts = {request.prompt.text for request in requests}
     if requests and config.validation.validation_guidance > 0:
         prompts.add(config.validation.validation_negative_prompt)
     return sorted(prompts)
+
+
+def find_data(config: Config, datasets: DatasetsConfig, run: Reporter) -> FoundData:
+    """Find images, held-out images and masks.
+
+    Raises:
+        DatasetError: with every problem of all images; of the masks if there is none of those.
+    """
+    problems: list[Problem] = []
+    plan, held_out = Plan(datasets=(), fingerprint=""), HeldOut()
+    try:
+        plan = scan_datasets(config, datasets, run)
+    except DatasetError as error:
+        problems += error.problems
+    try:
+        held_out = scan_held_out(config, datasets, run)
+    except DatasetError as error:
+        problems += error.problems
+    if problems:
+        raise DatasetError(problems)
+    for problem in trained_warnings(held_out, plan):
+        run.emit(ProblemReported(problem=problem))
+    return FoundData(plan=plan, held_out=held_out, masks=scan_masks(config, datasets, plan, held_out, run))
+
+
+def scan_held_out(config: Config, datasets: DatasetsConfig, run: Reporter) -> HeldOut:
+    """Find the images that the loss is measured on; none if it is not measured.
+
+    Raises:
+        DatasetError: as of `scan_datasets`.
+    """
+    options = config.validation
+    chosen = [dataset for dataset in datasets.evals if options.eval_dataset_id in (None, dataset.id)]
+    if options.eval_loss_disable or not chosen:
+        return HeldOut()
+    specs = [held_out_spec(dataset_spec(dataset, config, datasets.embeds_of(dataset))) for dataset in chosen]
+    plan = _scan(specs, config, run)
+    return choose_held_out(plan, num_images=options.num_eval_images, is_pooled=options.eval_dataset_pooling)
+
+
+def held_out_spec(spec: DatasetSpec) -> DatasetSpec:
+    """Without what is about training."""
+    return replace(
+        spec,
+        repeats=0,
+        probability=1.0,
+        is_regularisation_data=False,
+        caption_dropout_probability=0.0,
+        train_batch_size=1,
+        batch_mixing="bucket",
+        takes_fresh_crops=False,
+        schedule=Schedule(),
+    )
+
+
+def scan_masks(
+    config: Config, datasets: DatasetsConfig, plan: Plan, held_out: HeldOut, run: Reporter
+) -> dict[str, MaskFiles]:
+    """Find the masks of all images that have one.
+
+    Raises:
+        DatasetError: masks that are missing or do not fit.
+    """
+    named = ((dataset.id, datasets.masks_of(dataset)) for dataset in (*datasets.images, *datasets.evals))
+    specs = {name: dataset_spec(masks, config, datasets.text_embeds) for name, masks in named if masks is not None}
+    if not specs:
+        return {}
+    fetch_images(tuple({spec.id: spec for spec in specs.values()}.values()), Path(config.data.cache_dir), run)
+    with run.phase("mask_files", unit="files") as progress:
+        return pair_masks(
+            replace(plan, datasets=(*plan.datasets, *held_out.plan.datasets)),
+            specs,
+            cache_dir=Path(config.data.cache_dir),
+            on_progress=lambda done, total: progress.update(done, total=total),
+            max_workers=config.data.max_workers,
+        )
 
 
 def scan_datasets(config: Config, datasets: DatasetsConfig, run: Reporter) -> Plan:
@@ -135,7 +237,11 @@ def scan_datasets(config: Config, datasets: DatasetsConfig, run: Reporter) -> Pl
     Raises:
         DatasetError: no usable image, a damaged file, a missing caption, a bucket that cannot fill a batch.
     """
-    specs = [dataset_spec(dataset, config, datasets.text_embeds) for dataset in datasets.images]
+    specs = [dataset_spec(dataset, config, datasets.embeds_of(dataset)) for dataset in datasets.images]
+    return _scan(specs, config, run)
+
+
+def _scan(specs: Sequence[DatasetSpec], config: Config, run: Reporter) -> Plan:
     fetch_images(specs, Path(config.data.cache_dir), run)
     with run.phase("scan", unit="images") as progress:
         plan = build_plan(

@@ -18,6 +18,7 @@ from simpletuner.train.flow import (
     FlowSettings,
     LossSettings,
     NoiseSettings,
+    Weights,
     Window,
     add_noise,
     draw_noise,
@@ -44,6 +45,7 @@ class MicroBatch:
     names: Sequence[str]  # the files, for messages
     dataset: str = ""
     sigma_offset: float = 0.0  # see `flow.draw_sigma`
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +179,9 @@ def _batch_loss(
     else:
         target = flow_targets(batch.latents, noise) if rolled is None else rolled.targets
     if rolled is None:
-        return flow_loss(predicted, target, sigma_on_device_B, settings.loss), sigma_B, 0
+        return flow_loss(predicted, target, sigma_on_device_B, settings.loss, batch.weights), sigma_B, 0
     errors = flow_errors(predicted, target, sigma_on_device_B, settings.loss)
-    return torch.stack(rolled.losses(predicted, errors)), sigma_B, rolled.num_forwards
+    return torch.stack(rolled.losses(predicted, errors, batch.weights)), sigma_B, rolled.num_forwards
 
 
 def _clip_(params: Sequence[nn.Parameter], settings: StepSettings) -> float:

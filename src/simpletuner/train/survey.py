@@ -9,14 +9,24 @@ from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.caption_survey import CaptionSurvey, survey_captions
+from simpletuner.data.held_out import HeldOut, trained_warnings
 from simpletuner.data.plan import FoundImages, find_images, make_plan, plan_datasets, unreadable_warnings
+from simpletuner.data.records import DatasetPlan
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import DatasetSpec
 from simpletuner.data.survey import DatasetSurvey, SameContent, find_duplicates, survey_datasets
 from simpletuner.events.progress import Reporter
 from simpletuner.models.z_image.tokens import find_tokenizer, token_counter
-from simpletuner.problems import ConfigError, DatasetError, Problem
-from simpletuner.train.start import dataset_spec, fetch_images, idle_warnings, make_sampler, total_updates
+from simpletuner.problems import ConfigError, DatasetError, Problem, Severity
+from simpletuner.train.start import (
+    dataset_spec,
+    fetch_images,
+    held_out_spec,
+    idle_warnings,
+    make_sampler,
+    scan_masks,
+    total_updates,
+)
 
 _SEED_WHERE_RANDOM = 42
 
@@ -40,6 +50,8 @@ class Survey:
     """A report of all datasets. `run` is None where a run would refuse; `problems` says why, and what to know."""
 
     datasets: tuple[DatasetSurvey, ...]
+    held_out: frozenset[str]
+    """Ids of those that the loss is measured on; the others are trained on."""
     duplicates: tuple[SameContent, ...]
     run: RunOutlook | None
     problems: tuple[Problem, ...]
@@ -63,33 +75,37 @@ def survey_run(loaded: LoadedConfig, *, run: Reporter, with_duplicates: bool = T
 
     Raises: SimpletunerError: the cache directory cannot be written.
     """
-    specs, found = _find(loaded, run)
-    config, seed = loaded.config, _seed(loaded)
-    batch_size = config.optimizer.train_batch_size
-    plans, problems = plan_datasets(specs, found, seed=seed, batch_size=batch_size)
-    outlook = None
+    looked = _look(loaded, run)
+    config = loaded.config
+    problems, outlook = list(looked.problems), None
     if not problems:
-        plan = make_plan(plans, config.data.data_backend_sampling)
-        problems = unreadable_warnings(plan)
+        plan = make_plan(looked.training, config.data.data_backend_sampling)
         try:
             sampler = make_sampler(config, plan)
             outlook = _outlook(config, sampler)
             problems += idle_warnings(config, sampler, outlook.total_steps)
         except ConfigError as error:
             problems += error.problems
+        measured = make_plan(looked.held_out, plan.sampling)
+        problems += trained_warnings(HeldOut(plan=measured), plan)
+        problems += _mask_problems(loaded, looked, run)
+        problems += unreadable_warnings(make_plan((*looked.training, *looked.held_out), plan.sampling))
     duplicates: tuple[SameContent, ...] = ()
     if with_duplicates:
         with run.phase("contents", unit="images") as progress:
             duplicates = find_duplicates(
-                found,
+                looked.found,
                 cache_dir=Path(config.data.cache_dir),
                 on_progress=lambda done, total: progress.update(done, total=total),
                 max_workers=config.data.max_workers,
             )
     return Survey(
-        datasets=survey_datasets(specs, found, seed=seed, batch_size=batch_size),
+        datasets=survey_datasets(
+            looked.specs, looked.found, seed=_seed(loaded), batch_size=config.optimizer.train_batch_size
+        ),
+        held_out=frozenset(dataset.id for dataset in loaded.datasets.evals),
         duplicates=duplicates,
-        run=outlook,
+        run=None if any(problem.severity is Severity.ERROR for problem in problems) else outlook,
         problems=tuple(problems),
     )
 
@@ -99,43 +115,57 @@ def survey_run_captions(loaded: LoadedConfig, *, run: Reporter) -> CaptionReport
 
     Raises: SimpletunerError: the cache directory cannot be written.
     """
-    specs, found = _find(loaded, run)
-    config, seed = loaded.config, _seed(loaded)
+    looked = _look(loaded, run)
+    model = loaded.config.model
     tokenizer = find_tokenizer(
-        config.model.pretrained_model_name_or_path,
-        revision=config.model.revision,
-        companion=FLAVOURS[config.model.model_flavour].repository,
+        model.pretrained_model_name_or_path,
+        revision=model.revision,
+        companion=FLAVOURS[model.model_flavour].repository,
     )
-    _, problems = plan_datasets(specs, found, seed=seed, batch_size=config.optimizer.train_batch_size)
-    about_captions = [p for p in problems if p in found.problems or p.code.startswith("E-CAPTION-")]
+    of_places = looked.found.problems
     return CaptionReport(
         datasets=survey_captions(
-            specs,
-            found,
-            seed=seed,
+            looked.specs,
+            looked.found,
+            seed=_seed(loaded),
             count_tokens=None if tokenizer is None else token_counter(tokenizer),
-            max_tokens=config.model.tokenizer_max_length,
+            max_tokens=model.tokenizer_max_length,
         ),
-        max_tokens=config.model.tokenizer_max_length,
+        max_tokens=model.tokenizer_max_length,
         counts_tokens=tokenizer is not None,
-        problems=tuple(about_captions),
+        problems=tuple(p for p in looked.problems if p in of_places or p.code.startswith("E-CAPTION-")),
     )
 
 
-def _find(loaded: LoadedConfig, run: Reporter) -> tuple[list[DatasetSpec], FoundImages]:
-    """The datasets, and what is found of them; a place that cannot be reached does not hide the others."""
+@dataclass(frozen=True, kw_only=True)
+class _Looked:
+    """The datasets that could be reached, and what a run would use of them."""
+
+    specs: tuple[DatasetSpec, ...]
+    found: FoundImages
+    training: tuple[DatasetPlan, ...]
+    held_out: tuple[DatasetPlan, ...]
+    problems: tuple[Problem, ...]
+
+
+def _look(loaded: LoadedConfig, run: Reporter) -> _Looked:
+    """A place that cannot be reached does not hide the others."""
     config, datasets = loaded.config, loaded.datasets
-    cache_dir = Path(config.data.cache_dir)
-    specs: list[DatasetSpec] = []
+    cache_dir, batch_size = Path(config.data.cache_dir), config.optimizer.train_batch_size
     problems: list[Problem] = []
-    for dataset in datasets.images:
-        spec = dataset_spec(dataset, config, datasets.text_embeds)
-        try:
-            fetch_images([spec], cache_dir, run)
-        except DatasetError as error:
-            problems += error.problems
-        else:
-            specs.append(spec)
+    reached: list[list[DatasetSpec]] = []
+    for declared, change in ((datasets.images, _unchanged), (datasets.evals, held_out_spec)):
+        reached.append([])
+        for dataset in declared:
+            spec = change(dataset_spec(dataset, config, datasets.embeds_of(dataset)))
+            try:
+                fetch_images([spec], cache_dir, run)
+            except DatasetError as error:
+                problems += error.problems
+            else:
+                reached[-1].append(spec)
+    training, held_out = reached
+    specs = (*training, *held_out)
     with run.phase("scan", unit="images") as progress:
         found = find_images(
             specs,
@@ -143,7 +173,29 @@ def _find(loaded: LoadedConfig, run: Reporter) -> tuple[list[DatasetSpec], Found
             on_progress=lambda done, total: progress.update(done, total=total),
             max_workers=config.data.max_workers,
         )
-    return specs, replace(found, problems=(*problems, *found.problems))
+    found = replace(found, problems=(*problems, *found.problems))
+    trained, refused = plan_datasets(training, found, seed=_seed(loaded), batch_size=batch_size)
+    measured: tuple[DatasetPlan, ...] = ()
+    if held_out:
+        alone = replace(found, problems=())
+        measured, more = plan_datasets(held_out, alone, seed=_seed(loaded), batch_size=batch_size)
+        refused += [problem for problem in more if problem not in refused]
+    return _Looked(specs=specs, found=found, training=trained, held_out=measured, problems=tuple(refused))
+
+
+def _unchanged(spec: DatasetSpec) -> DatasetSpec:
+    return spec
+
+
+def _mask_problems(loaded: LoadedConfig, looked: _Looked, run: Reporter) -> list[Problem]:
+    """What is wrong with the masks of the images."""
+    config = loaded.config
+    plan = make_plan((*looked.training, *looked.held_out), config.data.data_backend_sampling)
+    try:
+        scan_masks(config, loaded.datasets, plan, HeldOut(), run)
+    except DatasetError as error:
+        return list(error.problems)
+    return []
 
 
 def _seed(loaded: LoadedConfig) -> int:

@@ -21,12 +21,15 @@ import pytest
 class Site:
     """`files`: path -> body. `faults`: path -> what happens at the 1st, 2nd, ... request before the body is given:
     a status, "cut" (half of the body, then the line goes dead), or "sleep" (nothing for a while). `behind`: the server
-    that is asked where `files` has nothing; it is sent what was asked."""
+    that is asked where `files` has nothing; it is sent what was asked. `pause_s`: what every answer takes at least."""
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, list[int | str]] = field(default_factory=dict)
     asked: Counter[str] = field(default_factory=Counter)
+    pause_s: float = 0
+    num_now: int = 0
+    most_at_once: int = 0
     behind: str = ""
 
 
@@ -46,8 +49,21 @@ def forwarded(server: str, path: str, headers: dict[str, str]) -> tuple[int, dic
 def serving(site: Site) -> Iterator[Site]:
     """Run a server for `site` on a free port; sets its url."""
 
+    lock = threading.Lock()
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            with lock:
+                site.num_now += 1
+                site.most_at_once = max(site.most_at_once, site.num_now)
+            time.sleep(site.pause_s)
+            try:
+                self.answer()
+            finally:
+                with lock:
+                    site.num_now -= 1
+
+        def answer(self) -> None:
             path = self.path.partition("?")[0]
             site.asked[path] += 1
             faults = site.faults.get(path, [])

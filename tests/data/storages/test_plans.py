@@ -163,6 +163,19 @@ def test_warm_caches_of_a_bucket_ask_for_nothing_but_the_listing(filled, site, p
     assert vae.opened == 0
 
 
+def test_answers_are_waited_for_at_once_however_few_processors_there_are(filled, site, tmp_path, vae):
+    site.behind, site.pause_s = filled.endpoint_url, 0.1
+    spec = replace(spec_of(s3_of(filled, endpoint_url=site.url)), resize=RESIZE)
+    options = {"cache_dir": tmp_path / "cache", "on_progress": lambda done, total: None, "max_workers": 1}
+    plan = build_plan([spec], batch_size=1, seed=1, **options)
+    assert site.most_at_once == len(IMAGES)
+    site.most_at_once = 0
+    keys = learn_latent_keys(plan, vae.id, **options)
+    source = LatentSource(id=vae.id, open=vae.open)
+    cache_latents(plan, source, keys, directory_of=lambda name: tmp_path / "latents", batch_size=2, **options)
+    assert site.most_at_once > 2
+
+
 def test_a_kept_listing_needs_no_server_and_sees_no_new_files(filled, site, gone_url, plan_of, latents_of, told):
     site.behind = filled.endpoint_url
     spec = spec_of(s3_of(filled, endpoint_url=site.url), keeps_listing=True)

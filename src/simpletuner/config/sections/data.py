@@ -89,6 +89,22 @@ class DataSection(Section):
     cache_dir: Annotated[str, Opt(holds="path", shown_default="<output_dir>/cache")] = ""
     """Folder of the caches of latents and prompt embeddings."""
 
+    cache_dir_text: Annotated[str, Opt(level="expert", holds="path", shown_default="<cache_dir>/text")] = ""
+    """Folder of the cached prompt embeddings of text_embeds entries that name none."""
+
+    text_encoder_batch_size: Annotated[int, Ge(1), Opt(level="expert", unit="prompts")] = 4
+    """Prompts that the text encoder encodes at once while it fills the cache."""
+
+    text_cache_disable: Annotated[bool, Opt()] = False
+    """Write no prompt embeddings to disk: they live in the memory of the run, and every start encodes them anew."""
+
+    text_cache_ondemand: Annotated[bool, Opt(level="expert")] = False
+    """Accepted for compatibility: embeddings are always made before training, each once, so that the text encoder
+    and the model need not be in memory together."""
+
+    compress_disk_cache: Annotated[bool, Opt(level="expert")] = False
+    """Accepted for compatibility: caches are never compressed, so that every entry can be read by itself."""
+
     vae_batch_size: Annotated[int, Ge(1), Opt(unit="images")] = 4
     """Images that the VAE encodes at once while it fills the cache."""
 
@@ -104,7 +120,7 @@ class DataSection(Section):
     max_workers: Annotated[int, Ge(1), Opt(level="expert", shown_default="number of CPU cores")] = Field(
         default_factory=lambda: os.cpu_count() or 1
     )
-    """Threads that read and decode images."""
+    """Processes and threads that read and decode local images; what is remote is waited for in more."""
 
     dataloader_prefetch: Annotated[bool, Opt(level="expert")] = True
     """Read the next batches while the current one trains."""

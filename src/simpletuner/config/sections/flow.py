@@ -64,6 +64,9 @@ class FlowSection(Section):
     huber_c: Annotated[float, Gt(0), Le(100), Opt(level="expert")] = 0.1
     """Errors well above this count by their size, errors well below by their square."""
 
+    masked_loss_probability: Annotated[float, Ge(0), Le(1), Opt()] = 1.0
+    """Share of the pictures whose mask counts, of datasets with conditioning_data; the others train as a whole."""
+
     input_perturbation: Annotated[float, Ge(0), Le(1), Opt(level="expert")] = 0.0
     """Adds this much more noise to what the model sees, without telling it, so that it learns to put up with its own
     errors; 0.1 is a usual value."""

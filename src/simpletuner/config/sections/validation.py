@@ -83,6 +83,30 @@ class ValidationSection(Section):
     """With use_ema: images of the trained weights and of their average side by side, of the average only, or of the
     trained weights only."""
 
+    eval_steps_interval: Annotated[int | None, Ge(0), Opt(unit="steps", shown_default="validation_step_interval")] = (
+        None
+    )
+    """With an eval dataset, measure its loss every so many updates, besides before the first and after the last.
+    0 leaves it at these two."""
+
+    eval_epoch_interval: Annotated[float | None, Gt(0), Opt(unit="epochs")] = None
+    """The same, every so many epochs; 0.5 is twice an epoch. In place of eval_steps_interval if that is not set."""
+
+    num_eval_images: Annotated[int, Ge(1), Opt(unit="images")] = 4
+    """Images of an eval dataset that are measured, always the same ones."""
+
+    eval_timesteps: Annotated[int, Ge(1), Le(1000), Opt(unit="sigmas")] = 28
+    """Noise levels at which each of them is measured, evenly spaced between 0 and 1. Each costs one forward pass."""
+
+    eval_dataset_id: Annotated[str | None, Opt()] = None
+    """Measure this eval dataset only."""
+
+    eval_dataset_pooling: Annotated[bool, Opt(level="expert")] = False
+    """Take num_eval_images from all eval datasets together and tell one loss. Otherwise each has its own."""
+
+    eval_loss_disable: Annotated[bool, Opt()] = False
+    """Leave eval datasets out."""
+
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """The sizes of `validation_resolution`, each (width, height) px."""
