@@ -65,6 +65,27 @@ def test_placeholders_and_default_folders(with_datasets):
     assert Path(loaded.datasets.text_embeds.cache_dir) == project.folder / "out/cache/text"
 
 
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("../../etc", ".._.._etc"),
+        ("..", "_"),
+        ("a/b", "a_b"),
+        ("{output_dir}", "_output_dir_"),
+        ("C:\\cats?\n", "C__cats__"),
+        ("~", "~"),
+        ("gato ñandú. ", "gato ñandú"),
+        ("猫" * 300, "猫" * 60),
+    ],
+)
+def test_an_id_never_leads_out_of_the_cache(with_datasets, name, folder):
+    project = with_datasets([{"id": name, "instance_data_dir": "x"}])
+    (dataset,) = project.load("--output_dir=out").datasets.images
+    assert dataset.id == name
+    assert Path(dataset.cache_dir_vae) == project.folder / "out/cache/vae" / folder
+    Path(dataset.cache_dir_vae).mkdir(parents=True)
+
+
 @pytest.mark.parametrize("key", ["disabled", "disable"])
 @pytest.mark.parametrize("value", [True, "true", "True", 1])
 def test_a_disabled_entry_is_left_out_whatever_it_says(with_datasets, key, value):

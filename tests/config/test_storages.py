@@ -63,6 +63,8 @@ PROBLEMS = {
     "token": ({**S3, "aws_session_token": "t"}, "E-DATASET-CREDENTIALS", ["aws_session_token"]),
     "filter": ({**HUB, "huggingface": {"filter_func": {"x": 1}}}, "E-DATASET-NOT-YET", ["huggingface.filter_func"]),
     "misspelt": ({**HUB, "huggingface": {"steaming": True}}, "E-DATASET-KEY", ["huggingface.streaming"]),
+    "beginning": ({**URLS, "csv_url": "u"}, "E-DATASET-KEY", ["csv_url_column"]),
+    "outside": ({**HUB, "huggingface": {"split": "train"}}, "E-DATASET-KEY", ["huggingface.split", "key='split'"]),
     "object": ({**LOCAL, "parquet": "t.parquet"}, "E-DATASET-KEY", ["parquet", "parquet.path"]),
     "number": ({**HUB, "huggingface": {"num_proc": 0}}, "E-VALUE-RANGE", ["a.huggingface.num_proc = 0"]),
 }
@@ -128,7 +130,10 @@ def test_secrets_come_from_variables_and_are_shown_nowhere(with_datasets, key):
     shown = f"{effective_json(loaded)} {dataset!r} {dataset} {storage!r} {storage.id} {dataset.model_dump(mode='json')}"
     assert SECRET not in shown
     wrong = with_datasets([{**S3, **keys, key: [SECRET]}]).problem("E-VALUE-TEXT")
-    assert SECRET not in str([render_problem(wrong, language) for language in ("en", "es")])
+    misspelt = with_datasets([{**S3, f"{key}s": SECRET}]).problem("E-DATASET-KEY")
+    assert misspelt.params["suggestion"] == key
+    for problem in (wrong, misspelt):
+        assert SECRET not in f"{problem} {[render_problem(problem, language) for language in ('en', 'es')]}"
 
 
 @pytest.mark.parametrize(

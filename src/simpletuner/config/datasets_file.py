@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +26,8 @@ from simpletuner.config.datasets import (
 )
 from simpletuner.config.fields import Option
 from simpletuner.config.json_text import JsonDocument, parse_json, read_text, repeated_key_warnings
-from simpletuner.config.paths import fill_path, is_file, is_folder, path_exists, shown_path
+from simpletuner.config.names import closest_key
+from simpletuner.config.paths import as_file_name, fill_path, is_file, is_folder, path_exists, shown_path
 from simpletuner.config.root import Config
 from simpletuner.config.schedule_rules import uncovered
 from simpletuner.config.settings import Origin, OriginKind, Setting
@@ -245,10 +245,11 @@ class _Reader:
                 problem = self._problem(code, place, severity or Severity.WARNING, (), id=name, key=key)
                 (self._refused if refused else self._problems).append(problem)
             return
-        guess = difflib.get_close_matches(key, [*declared, *DATASET_UPSTREAM], n=1, cutoff=0.72)
-        if guess:
-            fixes = (Fix(key=guess[0], value=value),)
-            self._add("E-DATASET-KEY", place, id=name, key=key, suggestion=guess[0], fixes=fixes)
+        guess = closest_key(key, [*declared, *DATASET_UPSTREAM])
+        if guess is not None:
+            is_secret = guess in declared and declared[guess].opt.holds == "secret"
+            fixes = () if is_secret else (Fix(key=guess, value=value),)
+            self._add("E-DATASET-KEY", place, id=name, key=key, suggestion=guess, fixes=fixes)
         else:
             self._add("E-DATASET-KEY-UNKNOWN", place, id=name, key=key)
 
@@ -320,8 +321,9 @@ class _Reader:
         return embeds.model_copy(update={"cache_dir": self._cache_path(cache_dir, embeds.id)})
 
     def _cache_path(self, text: str, name: str) -> str:
-        filled = text.replace("{id}", name).replace("{output_dir}", self._config.run.output_dir)
-        return fill_path(filled.replace("{model_family}", self._config.model.model_family), self._cwd)
+        filled = text.replace("{output_dir}", self._config.run.output_dir)
+        filled = filled.replace("{model_family}", self._config.model.model_family)
+        return fill_path(filled.replace("{id}", as_file_name(name)), self._cwd)
 
     def _check_schedules(self, images: Sequence[ImageDataset], ids: Mapping[str, str]) -> None:
         length = self._config.run

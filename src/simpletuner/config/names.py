@@ -42,3 +42,14 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `word` most looks like, or None if nothing comes near."""
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.72)
     return found[0] if found else None
+
+
+def closest_key(key: str, candidates: Iterable[str]) -> str | None:
+    """The key of a dataset that `key` most looks like: one that it begins, or that belongs outside of an object of
+    keys; or the `closest`."""
+    names = list(candidates)
+    inner = key.partition(".")[2]
+    if inner in names:
+        return inner
+    longer = [name for name in names if name.startswith(f"{key}_")]
+    return longer[0] if len(longer) == 1 else closest(key, names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
@@ -12,6 +13,8 @@ EXAMPLES_PREFIX = "config/examples/"
 """Options may name the files of an example by this prefix."""
 
 PACKAGE_PLACEHOLDER = "{package}"
+
+_LONGEST_NAME = 60  # file systems take 255 bytes, and a letter has up to four
 
 
 def fill_package(text: str) -> str:
@@ -71,3 +74,9 @@ def path_exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def as_file_name(text: str) -> str:
+    """`text` as one name that every file system takes: what would lead elsewhere, or be too long, is replaced."""
+    name = re.sub(r'[\x00-\x1f<>:"/\\|?*{}]', "_", text)[:_LONGEST_NAME].rstrip(". ")
+    return name or "_"

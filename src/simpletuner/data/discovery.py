@@ -20,7 +20,7 @@ from simpletuner.data.images import UnreadableImageError, read_header, without_d
 from simpletuner.data.records import TOLD, ImageRecord, Size
 from simpletuner.data.storage import FileInfo, Listing, Storage, Unreadable
 from simpletuner.data.storages.errors import StorageError
-from simpletuner.data.workers import in_order, process_pool, thread_pool
+from simpletuner.data.workers import ThreadPool, in_order, process_pool, until_done
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -213,10 +213,10 @@ def read_each(
         if num_workers == 1:
             results = ((task, work(task)) for task in tasks)
         else:
-            pool: Executor = thread_pool(num_workers) if storage.is_remote else process_pool(num_workers)
+            pool: Executor = ThreadPool(num_workers) if storage.is_remote else process_pool(num_workers)
             if storage.is_remote:
                 tasks = [(file,) for file in files]
-            stack.callback(pool.shutdown, cancel_futures=True)
+            stack.enter_context(until_done(pool))
             results = in_order(work, tasks, pool, num_ahead=4 * num_workers)
         for task, found in results:
             for file, (result, is_settled) in zip(task, found, strict=True):

@@ -31,7 +31,7 @@ from simpletuner.data.records import TOLD, Geometry, ImageRecord, Plan, Sample, 
 from simpletuner.data.storage import ChangedFileError, FileInfo, Storage
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.store import TensorStore, Writer
-from simpletuner.data.workers import in_order, process_pool, thread_pool
+from simpletuner.data.workers import ThreadPool, in_order, process_pool, until_done
 from simpletuner.problems import DatasetError, Problem
 
 _PIXELS_VERSION = "pixels 2"
@@ -305,9 +305,9 @@ def _encode(
     num_workers = _MAX_DECODERS if is_remote else min(max_workers or os.cpu_count() or 1, _MAX_DECODERS)
     num_pictures = sum(len(job.pictures) for job in jobs)
     in_processes = num_pictures >= _PROCESSES_FROM_PICTURES and not is_remote
-    pool = process_pool(num_workers) if in_processes else thread_pool(num_workers)
+    pool = process_pool(num_workers) if in_processes else ThreadPool(num_workers)
     with ExitStack() as stack:
-        stack.callback(pool.shutdown, cancel_futures=True)
+        stack.enter_context(until_done(pool))
         stack.enter_context(without_decoder_warnings())
         encoder = source.open()
         assert encoder.id == source.id, "the cache would be filled under another encoder's name"

@@ -16,9 +16,13 @@ _VERSION = 1
 
 
 def kept_listing(storage: Storage, cache_dir: Path) -> Listing | None:
-    """The listing that was kept; None if there is none, or none that can be read."""
+    """The listing that was kept; None if there is none, or none that can be read.
+
+    Raises: StorageError: what names the images cannot be read.
+    """
+    path = _path(storage, cache_dir)
     try:
-        written = json.loads(gzip.decompress(_path(storage, cache_dir).read_bytes()))
+        written = json.loads(gzip.decompress(path.read_bytes()))
     except (OSError, ValueError, EOFError):
         return None
     if not isinstance(written, dict) or written.get("version") != _VERSION:
@@ -51,8 +55,17 @@ def keep_listing(storage: Storage, listing: Listing, cache_dir: Path) -> None:
             stream.write(gzip.compress(json.dumps(written).encode(), mtime=0))
 
 
+def drop_listing(storage: Storage, cache_dir: Path) -> None:
+    """Keep no listing any more.
+
+    Raises: DatasetError: the cache directory cannot be written.
+    """
+    with storage_problems(cache_dir):
+        _path(storage, cache_dir).unlink(missing_ok=True)
+
+
 def _path(storage: Storage, cache_dir: Path) -> Path:
-    return cache_dir / _FOLDER / f"{stable_hash('listing 1', storage.id)}.json.gz"
+    return cache_dir / _FOLDER / f"{stable_hash('listing 1', storage.listed_as)}.json.gz"
 
 
 def _row(file: FileInfo) -> list[object]:

@@ -28,7 +28,7 @@ from simpletuner.data.plan import shown_names
 from simpletuner.data.records import Geometry, Plan, Sample
 from simpletuner.data.storage import FileInfo, Storage
 from simpletuner.data.store import TensorStore
-from simpletuner.data.workers import in_order, thread_pool
+from simpletuner.data.workers import ThreadPool, in_order, until_done
 from simpletuner.problems import DatasetError, Problem, Severity
 
 _VERSION = "mask 1"
@@ -165,8 +165,8 @@ def cache_masks(
     bad: list[tuple[_Mask, Exception]] = []
     if missing:
         with ExitStack() as stack:
-            pool = thread_pool(min(max_workers or os.cpu_count() or 1, _MAX_WORKERS))
-            stack.callback(pool.shutdown, cancel_futures=True)
+            pool = ThreadPool(min(max_workers or os.cpu_count() or 1, _MAX_WORKERS))
+            stack.enter_context(until_done(pool))
             stack.enter_context(without_decoder_warnings())
             writer = stack.enter_context(store.writer())
             found = in_order(partial(_coverage, px_per_latent), missing, pool, num_ahead=4 * _MAX_WORKERS)

@@ -18,7 +18,7 @@ from simpletuner.data.discovery import Progress, Scan, read_texts, scan
 from simpletuner.data.geometry import fit
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.image_index import ImageIndex, open_index
-from simpletuner.data.listings import keep_listing, kept_listing
+from simpletuner.data.listings import drop_listing, keep_listing, kept_listing
 from simpletuner.data.records import (
     Bucket,
     BucketSize,
@@ -167,7 +167,7 @@ def sort_images(spec: DatasetSpec, found: FoundImages, *, seed: int) -> SortedIm
 
 
 def has_kept_listing(spec: DatasetSpec, cache_dir: Path) -> bool:
-    """Whether the storage of a dataset will not be listed again."""
+    """Whether the storage of a dataset need not be listed again. Raises StorageError."""
     return spec.keeps_listing and kept_listing(spec.storage, cache_dir) is not None
 
 
@@ -203,18 +203,21 @@ def unreadable_warnings(plan: Plan) -> list[Problem]:
 def list_storages(
     specs: Sequence[DatasetSpec], problems: list[Problem], cache_dir: Path | None = None
 ) -> dict[str, Listing]:
-    """List each storage once, though several datasets may use it. Kept listings are in `cache_dir`."""
+    """List each storage once, though several datasets may use it. Kept listings are in `cache_dir`; they are used if
+    that is what all datasets of the storage ask for."""
     listings: dict[str, Listing] = {}
     failed: set[str] = set()
     for spec in specs:
         name = spec.storage.id
         if name in listings or name in failed:
             continue
-        keeps = cache_dir is not None and spec.keeps_listing
-        kept = kept_listing(spec.storage, cache_dir) if cache_dir is not None and keeps else None
+        keeps = cache_dir is not None and all(other.keeps_listing for other in specs if other.storage.id == name)
         try:
+            kept = kept_listing(spec.storage, cache_dir) if cache_dir is not None and keeps else None
             listings[name] = spec.storage.list_files() if kept is None else kept
-            if kept is None and keeps and cache_dir is not None:
+            if cache_dir is not None and not keeps:
+                drop_listing(spec.storage, cache_dir)
+            elif cache_dir is not None and kept is None:
                 keep_listing(spec.storage, listings[name], cache_dir)
         except OSError as error:
             failed.add(name)

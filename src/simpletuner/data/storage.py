@@ -75,6 +75,11 @@ class Storage(Protocol):
         ...
 
     @property
+    def listed_as(self) -> str:
+        """The name that its listing is kept under: another one where this machine knows that there is another."""
+        ...
+
+    @property
     def is_remote(self) -> bool:
         """Whether reading is waiting, mostly: many reads at once are faster than one after the other."""
         ...
@@ -117,6 +122,11 @@ class LocalStorage:
     def id(self) -> str:
         """The folder's absolute path."""
         return os.path.abspath(self.folder)  # noqa: PTH100 (Path.absolute keeps "..", Path.resolve follows links)
+
+    @property
+    def listed_as(self) -> str:
+        """The same."""
+        return self.id
 
     @property
     def is_remote(self) -> bool:

@@ -267,12 +267,12 @@ def fetch_images(specs: Sequence[DatasetSpec], cache_dir: Path, run: Reporter) -
         DatasetError: something cannot be reached.
     """
     for spec in specs:
-        if isinstance(spec.storage, (UrlStorage, HubStorage)) and not has_kept_listing(spec, cache_dir):
-            with run.phase("fetch", unit="images") as progress:
-                try:
+        try:
+            if isinstance(spec.storage, (UrlStorage, HubStorage)) and not has_kept_listing(spec, cache_dir):
+                with run.phase("fetch", unit="images") as progress:
                     spec.storage.prepare(partial(_tell, progress))
-                except StorageError as error:
-                    raise DatasetError(error.problem(spec.id)) from error
+        except StorageError as error:
+            raise DatasetError(error.problem(spec.id)) from error
 
 
 def _tell(progress: PhaseProgress, done: int, total: int) -> None:

@@ -49,10 +49,10 @@ def folder(tmp_path):
 
 @pytest.fixture
 def plan_of(tmp_path):
-    def make(spec, cache="cache"):
-        spec = replace(spec, resize=RESIZE)
+    def make(spec, cache="cache", beside=()):
+        specs = [replace(each, resize=RESIZE) for each in (spec, *beside)]
         progress = lambda done, total: None  # noqa: E731
-        return build_plan([spec], batch_size=1, seed=1, cache_dir=tmp_path / cache, on_progress=progress)
+        return build_plan(specs, batch_size=1, seed=1, cache_dir=tmp_path / cache, on_progress=progress)
 
     return make
 
@@ -191,6 +191,41 @@ def test_a_kept_listing_needs_no_server_and_sees_no_new_files(filled, site, gone
     with pytest.raises(DatasetError) as caught:
         plan_of(replace(spec, keeps_listing=False))
     assert told(caught.value) == ["E-STORAGE-NETWORK"]
+
+
+def test_a_kept_listing_is_that_of_the_rows_of_a_csv(folder, site, tmp_path, plan_of, latents_of):
+    spec = replace(in_urls(folder, site, tmp_path), keeps_listing=True)
+    assert plan_of(spec).datasets[0].num_images == len(IMAGES)
+    table = tmp_path / "list.csv"
+    rows = table.read_text().splitlines()
+    site.files["/new.jpg"] = IMAGES["1.jpg"]
+    table.write_text("\n".join([*rows[:-2], f"{site.url}/new.jpg,new"]))
+    storage = replace(spec.storage)
+    plan = plan_of(replace(spec, storage=storage, table=UrlTable(storage=storage, caption_column="caption")))
+    captions = sorted(sample.captions[0] for sample in plan.samples())
+    assert captions == sorted(["new", *(row.partition(",")[2] for row in rows[1:-2])])
+    latents_of(plan)
+
+
+def test_a_listing_is_kept_as_long_as_all_datasets_of_a_folder_ask_for_it(folder, plan_of):
+    keeps = spec_of(LocalStorage(folder=folder), keeps_listing=True)
+    other = replace(keeps, id="b", keeps_listing=False)
+
+    def counts(spec, *beside):
+        return [dataset.num_images for dataset in plan_of(spec, beside=beside).datasets]
+
+    def add(name):
+        (folder / f"{name}.jpg").write_bytes(IMAGES["0.jpg"])
+        (folder / f"{name}.txt").write_text(name)
+
+    before = len(IMAGES)
+    assert counts(keeps) == [before]
+    add("x")
+    assert counts(keeps) == [before]
+    assert counts(keeps, other) == [before + 1, before + 1]
+    assert counts(keeps) == [before + 1]
+    add("y")
+    assert counts(keeps) == [before + 1]
 
 
 @pytest.mark.parametrize(

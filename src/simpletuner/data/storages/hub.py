@@ -73,6 +73,11 @@ class HubStorage:
         return f"hf://{self.dataset_name}{revision}#{self.split}{first}/{','.join(self._columns)}"
 
     @property
+    def listed_as(self) -> str:
+        """The same."""
+        return self.id
+
+    @property
     def is_remote(self) -> bool:
         """Yes: the dataset is opened once, not in every process."""
         return True

@@ -73,6 +73,11 @@ class S3Storage:
         return f"{place} ({_without_user(self.endpoint_url)})" if self.endpoint_url else place
 
     @property
+    def listed_as(self) -> str:
+        """The same."""
+        return self.id
+
+    @property
     def is_remote(self) -> bool:
         """Yes."""
         return True

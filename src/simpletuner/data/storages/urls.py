@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -21,6 +21,7 @@ from simpletuner.data.storages.csv_table import read_rows
 from simpletuner.data.storages.errors import StorageError
 from simpletuner.data.storages.lazy import Lazy
 from simpletuner.data.storages.patience import Patience, TransientError, patiently
+from simpletuner.data.workers import ThreadPool, until_done
 from simpletuner.events.files import replacing, write_atomic
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ class UrlStorage:
     def id(self) -> str:
         """The CSV's path and column, and where its images are kept."""
         return f"{os.path.abspath(self.csv_file)}#{self.url_column} ({os.path.abspath(self.cache_dir)})"  # noqa: PTH100
+
+    @property
+    def listed_as(self) -> str:
+        """The same, with what the CSV names: a row more or less is another listing. Raises StorageError."""
+        return stable_hash("rows 1", self.id, *sorted(self._rows()))
 
     @property
     def is_remote(self) -> bool:
@@ -174,7 +180,8 @@ class UrlStorage:
         failed: list[tuple[_Row, StorageError]] = []
         in_a_row = 0
         waiting = iter(rows)
-        with ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="fetch") as pool:
+        pool = ThreadPool(_NUM_FETCHERS)
+        with until_done(pool):
             running = {pool.submit(self._fetch, row): row for row in islice(waiting, _NUM_FETCHERS)}
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
