@@ -12,9 +12,10 @@ from pathlib import Path
 from simpletuner.data.batching import TooFew, groups, minimum_repeats, num_batches, settle
 from simpletuner.data.captions import BadCaption, lacks_instance_prompt
 from simpletuner.data.discovery import Progress, Scan, learn_contents, read_each
+from simpletuner.data.finding import FoundImages
 from simpletuner.data.hashing import content_hash
 from simpletuner.data.image_index import open_index
-from simpletuner.data.plan import FoundImages, SortedImages, sort_images
+from simpletuner.data.plan import SortedImages, sort_images
 from simpletuner.data.records import Bucket, Dropped, DropReason, Size
 from simpletuner.data.spec import BatchMixing, DatasetSpec
 from simpletuner.data.storage import FileInfo, OtherFiles, Storage, Unreadable
