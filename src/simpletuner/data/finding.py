@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from simpletuner.data.captions import needs_texts
-from simpletuner.data.discovery import Progress, Scan, read_texts, scan
+from simpletuner.data.discovery import Progress, Scan, part_of, read_texts, scan
 from simpletuner.data.image_index import ImageIndex, open_index
 from simpletuner.data.listings import drop_listing, keep_listing, kept_listing
 from simpletuner.data.records import (
@@ -125,7 +124,7 @@ def _scan_storages(
     for place, listing in listings.items():
         users = [spec for spec in specs if spec.storage.id == place]
         storage = users[0].storage
-        progress = partial(_report, on_progress, before, total)
+        progress = part_of(on_progress, before=before, total=total)
         told = _told_sizes(users, tables)
         try:
             scans[place] = scan(storage, listing, index, on_progress=progress, max_workers=max_workers, told=told)
@@ -158,7 +157,3 @@ def _read_texts(
         except StorageError as error:
             problems.append(error.problem(wanted[place].id))
     return texts
-
-
-def _report(on_progress: Progress, before: int, total: int, done: int, _total_of_storage: int) -> None:
-    on_progress(before + done, total)
