@@ -351,8 +351,8 @@ def phase_pace(phase: t.RunPhase, elapsed_s: float, language: str) -> list[str]:
 
 
 def phase_news(phase: t.RunPhase, language: str) -> list[str]:
-    """ "new: 3" or "nothing new" of a finished phase that found some of its work done before."""
-    if phase.before == 0:
+    """ "new: 3" or "nothing new" of a finished phase that found some of its work done before. Bytes are none of it."""
+    if phase.before == 0 or phase.unit == "bytes":
         return []
     made = phase.done - phase.before
     return [text("console.phase.new", language, n=made) if made else text("console.phase.nothing_new", language)]
