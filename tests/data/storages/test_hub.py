@@ -93,10 +93,12 @@ def test_rows_are_images_with_captions(tmp_path, storage, form, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_another_content_is_another_version(tmp_path, storage, streaming):
-    source = as_parquet(tmp_path / "data")
+@pytest.mark.parametrize("name", ["", "train.parquet"])
+def test_another_content_is_another_version(tmp_path, storage, name, streaming):
+    folder = as_parquet(tmp_path / "data")
+    source = folder / name
     before = storage(source, streaming=streaming).list_files()
-    as_parquet(source, images=[*IMAGES[:3], None, *IMAGES[4:8]])
+    as_parquet(folder, images=[*IMAGES[:3], None, *IMAGES[4:8]])
     found = storage(source, streaming=streaming)
     after = found.list_files()
     assert {file.version for file in before.images} & {file.version for file in after.images} == set()

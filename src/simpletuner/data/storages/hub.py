@@ -91,6 +91,7 @@ class HubStorage:
             self._fill(on_progress)
         else:
             num_rows = len(self._opened().dataset)
+            on_progress(0, num_rows)
             on_progress(num_rows, num_rows)
 
     def list_files(self) -> Listing:
@@ -183,7 +184,7 @@ class HubStorage:
                 builder = self._builder()
                 builder.download_and_prepare(num_proc=self.num_proc)
                 dataset = builder.as_dataset(split=self.split)
-                identity = builder.hash
+                identity = _identity(builder)
             return _Opened(dataset=self._with_columns(dataset), identity=str(identity))
 
     def _builder(self) -> DatasetBuilder:
@@ -225,7 +226,7 @@ class HubStorage:
     def _go_on(self, on_progress: Callable[[int, int], None]) -> str:
         with self._explained():
             builder = self._builder()
-            identity = stable_hash("stream 1", self.id, builder.hash or "")
+            identity = stable_hash("stream 1", self.id, _identity(builder))
             done = self._store.begin(identity)
             counted = (builder.info.splits or {}).get(self.split)
             total = max(counted.num_examples if counted else 0, done)
@@ -272,6 +273,11 @@ class HubStorage:
             cause = error.__cause__ or error
             reason = " ".join(str(cause if isinstance(error, DatasetsError) else error).split())
             raise StorageError("E-STORAGE-DATASET", place=self.id, reason=reason or type(error).__name__) from error
+
+
+def _identity(builder: DatasetBuilder) -> str:
+    """Another one for other rows: of a folder or a repository the hash tells them apart, of one file the name."""
+    return f"{builder.hash} {builder.config_id}"
 
 
 def _key(number: int) -> str:
