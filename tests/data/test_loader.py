@@ -156,3 +156,10 @@ def test_weights_come_with_their_samples(prefetch: int, rank: int) -> None:
         assert batch.weights is not None
         for weights, one in zip(batch.weights, batch.samples, strict=True):
             assert weights is not None and float(weights.mean()) == float(one.record.key)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_latents_for_an_accelerator_come_in_page_locked_memory() -> None:
+    batch = next(iter(iterate_batches(sampler(), Latents(), start=0, pins=True)))
+    assert all(latent.is_pinned() for latent in batch.latents)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from simpletuner.data import survey
+from simpletuner.data.finding import FoundImages, find_images
 from simpletuner.data.image_index import open_index
-from simpletuner.data.plan import FoundImages, find_images
 from simpletuner.data.spec import DatasetSpec
 from simpletuner.data.storage import LocalStorage
 from simpletuner.data.survey import find_duplicates

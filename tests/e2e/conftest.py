@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from simpletuner.cli.main import main
+
 ROOT = str(Path(__file__).parents[2])
 if ROOT not in sys.path:  # scripts/ and tests/ are not installed
     sys.path.insert(0, ROOT)
@@ -89,6 +91,19 @@ class Project:
 def project(tmp_path: Path) -> Project:
     """Two small folders' worth of images in two aspects, batch 2, six steps, no validation."""
     return make_project(tmp_path)
+
+
+@pytest.fixture
+def train(project, monkeypatch):
+    """`simpletuner train WORDS ...` in this process, which has torch already."""
+    monkeypatch.chdir(project.root)
+    for name, value in (("HF_HUB_OFFLINE", "1"), ("SIMPLETUNER_LANG", "en"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+
+    def run(*words: str) -> None:
+        assert main(["train", "--log-format", "plain", *words]) == 0
+
+    return run
 
 
 def make_project(tmp_path: Path) -> Project:

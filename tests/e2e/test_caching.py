@@ -92,12 +92,11 @@ def test_a_run_may_end_with_its_caches_and_the_next_one_makes_nothing(
     assert not (project.output / "pytorch_lora_weights.safetensors").exists()
     assert main(["train", "--log-format", "plain", "--max_train_steps=1"]) == 0
     phases = [event for event in project.events() if event["event"] == "run.phase" and event.get("finished")]
-    filled = [
-        (phase["key"], phase["done"], phase["before"]) for phase in phases if phase["key"] in ("latents", "prompts")
-    ]
+    caches = ("prompts", "latents", "held_out")
+    filled = [(phase["key"], phase["done"], phase["before"]) for phase in phases if phase["key"] in caches]
     assert filled == [
-        *(("prompts", 9, 0), ("latents", 8, 0), ("latents", 4, 0)),
-        *(("prompts", 9, 9), ("latents", 8, 8), ("latents", 4, 4)),
+        *(("prompts", 9, 0), ("latents", 8, 0), ("held_out", 4, 0)),
+        *(("prompts", 9, 9), ("latents", 8, 8), ("held_out", 4, 4)),
     ]
     assert [phase["key"] for phase in phases].count("text_encoder") == 1
 

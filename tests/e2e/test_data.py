@@ -12,19 +12,6 @@ from simpletuner.cli.main import main
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-@pytest.fixture
-def train(project, monkeypatch):
-    """`simpletuner train WORDS ...` in this process, which has torch already."""
-    monkeypatch.chdir(project.root)
-    for name, value in (("HF_HUB_OFFLINE", "1"), ("SIMPLETUNER_LANG", "en"), ("NO_COLOR", "1")):
-        monkeypatch.setenv(name, value)
-
-    def run(*words: str) -> None:
-        assert main(["train", "--log-format", "plain", *words]) == 0
-
-    return run
-
-
 def same_weights(project, one: str, other: str) -> bool:
     first, second = (load_file(project.root / name / WEIGHTS) for name in (one, other))
     return first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first)

@@ -8,8 +8,6 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from simpletuner.cli.main import main
-
 WEIGHTS = "pytorch_lora_weights.safetensors"
 EMA_WEIGHTS = "pytorch_lora_weights_ema.safetensors"
 
@@ -44,19 +42,6 @@ SWITCHED_ON = {
         "disable_segmented_timestep_sampling": True,
     },
 }
-
-
-@pytest.fixture
-def train(project, monkeypatch):
-    """`simpletuner train WORDS ...` in this process, which has torch already."""
-    monkeypatch.chdir(project.root)
-    for name, value in (("HF_HUB_OFFLINE", "1"), ("SIMPLETUNER_LANG", "en"), ("NO_COLOR", "1")):
-        monkeypatch.setenv(name, value)
-
-    def run(*words: str) -> None:
-        assert main(["train", "--log-format", "plain", *words]) == 0
-
-    return run
 
 
 def assert_same(one, other) -> None:

@@ -92,8 +92,8 @@ def test_a_finished_phase_tells_what_was_new(language, some, none):
         found = replace(phase, before=before)
         assert told in phase_text(found, language)
         assert told in flat(layout.finished_rows([found], 110, language, layout.UNICODE)[0])
-    for other in (replace(phase, before=0), replace(phase, unit="bytes")):
-        assert some.split(":")[0] not in phase_text(other, language)
+    for plain in (replace(phase, before=0), replace(phase, unit="bytes")):
+        assert some.split(":")[0] not in phase_text(plain, language)
 
 
 @given(st.floats(0, 1), st.integers(0, 60), GLYPHS)

@@ -9,7 +9,7 @@ from simpletuner.config.root import Config
 from simpletuner.data.records import Bucket, DatasetPlan, Geometry, ImageRecord, Plan, Sample
 from simpletuner.data.storage import FileInfo, LocalStorage
 from simpletuner.train.flow_options import deciding_options
-from simpletuner.train.prepare import prompt_groups
+from simpletuner.train.prepare import prompt_groups, run_prompts
 
 
 def planned(name: str, *captions: str, dropout: float = 0.0) -> DatasetPlan:
@@ -52,6 +52,16 @@ def test_a_plan_without_captions_for_an_entry_has_no_group_of_it():
     plan = Plan(datasets=(planned("held-out", "a mouse"),), fingerprint="")
     (group,) = prompt_groups(plan, DATASETS)
     assert (set(group.prompts), group.directory) == ({"a mouse"}, None)
+
+
+def test_captions_of_held_out_images_share_no_call_with_others():
+    """So that who is held out does not change, by whom a caption is padded with, what is learnt from the others."""
+    trained = Plan(datasets=(planned("cats", "a cat"), planned("dogs", "a dog")), fingerprint="")
+    held_out = Plan(datasets=(planned("held-out", "a mouse", "a dog"),), fingerprint="")
+    alone = run_prompts(trained, Plan(datasets=(), fingerprint=""), DATASETS, ["shown"])
+    together = run_prompts(trained, held_out, DATASETS, ["shown"])
+    assert together[: len(alone)] == alone
+    assert [set(group.prompts) for group in together[len(alone) :]] == [{"a mouse", "a dog"}]
 
 
 def test_a_checkpoint_remembers_what_masks_it_was_made_with():

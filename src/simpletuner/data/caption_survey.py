@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from simpletuner.data.captions import BadCaption, lacks_instance_prompt
-from simpletuner.data.plan import FoundImages, sort_images
+from simpletuner.data.finding import FoundImages
+from simpletuner.data.plan import sort_images
 from simpletuner.data.spec import DatasetSpec
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]

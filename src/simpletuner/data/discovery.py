@@ -104,6 +104,11 @@ def scan(
     )
 
 
+def part_of(on_progress: Progress, *, before: int, total: int) -> Progress:
+    """The progress of one part of several, told as one of them all."""
+    return lambda done, _total_of_part: on_progress(before + done, total)
+
+
 def read_texts(found: Scan, index: ImageIndex, *, max_workers: int | None = None) -> dict[str, bytes]:
     """The caption files of a storage by key, read where `index` does not know them. Those that cannot be read are
     left out."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from simpletuner.data.hashing import stable_hash
-from simpletuner.data.plan import shown_names
+from simpletuner.data.plan_problems import shown_names
 from simpletuner.data.records import Bucket, DatasetPlan, Plan, Sample
 from simpletuner.problems import Problem, Severity
 

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from simpletuner.data.discovery import Progress, learn_contents, reason_of, remember_unreadable
+from simpletuner.data.discovery import Progress, learn_contents, part_of, reason_of, remember_unreadable
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.image_index import open_index
 from simpletuner.data.images import UnreadableImageError, cut, decode, without_decoder_warnings
@@ -147,7 +146,7 @@ def learn_latent_keys(
                     storage,
                     [files[key] for key in sorted(files)],
                     index,
-                    on_progress=partial(_report, on_progress, before, total),
+                    on_progress=part_of(on_progress, before=before, total=total),
                     max_workers=max_workers,
                 )
             except StorageError as error:
@@ -410,7 +409,3 @@ def _failure_problems(bad: Sequence[_BadImage]) -> list[Problem]:
         params = {"id": other_sizes[0].dataset_id, "count": len(names), "files": shown_names(names)}
         problems.append(Problem(code="E-TABLE-SIZE", params=params))
     return problems
-
-
-def _report(on_progress: Progress, before: int, total: int, done: int, _total_of_storage: int) -> None:
-    on_progress(before + done, total)

@@ -56,11 +56,13 @@ def iterate_batches(
     rank: int = 0,
     prefetch: int = 4,
     masks: Masks | None = None,
+    pins: bool = False,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches `start`, `start` + 1, ... without end, or until no dataset takes part any more.
 
     Up to `prefetch` batches are read ahead in one thread (0: none). What that thread raises is raised here, at the
-    batch it belongs to. Closing the iterator, or dropping it, ends the thread.
+    batch it belongs to. Closing the iterator, or dropping it, ends the thread. With `pins` latents come in page-locked
+    memory, from which an accelerator copies while it computes.
     """
     regularisation = {dataset.id: dataset.is_regularisation for dataset in sampler.plan.datasets}
 
@@ -69,7 +71,7 @@ def iterate_batches(
         dataset_id = picks[0].sample.dataset_id
         samples = tuple(pick.sample for pick in picks)
         return Batch(
-            latents=tuple(latents.get(sample) for sample in samples),
+            latents=tuple(latents.get(sample).pin_memory() if pins else latents.get(sample) for sample in samples),
             prompts=tuple(pick.prompt for pick in picks),
             samples=samples,
             dataset_id=dataset_id,

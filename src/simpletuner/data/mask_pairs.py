@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.data.discovery import Progress, Scan, scan
+from simpletuner.data.finding import list_storages
 from simpletuner.data.image_index import open_index
-from simpletuner.data.plan import list_storages, shown_names
+from simpletuner.data.plan_problems import shown_names
 from simpletuner.data.records import DatasetPlan, ImageRecord, Plan, Size
 from simpletuner.data.spec import DatasetSpec
 from simpletuner.data.storage import FileInfo, Storage, Unreadable

@@ -24,7 +24,7 @@ from simpletuner.data.hashing import draw_unit, stable_hash
 from simpletuner.data.image_index import open_index
 from simpletuner.data.images import UnreadableImageError, cut_mask, decode_mask, without_decoder_warnings
 from simpletuner.data.mask_pairs import MaskFiles
-from simpletuner.data.plan import shown_names
+from simpletuner.data.plan_problems import shown_names
 from simpletuner.data.records import Geometry, Plan, Sample
 from simpletuner.data.storage import FileInfo, Storage
 from simpletuner.data.store import TensorStore

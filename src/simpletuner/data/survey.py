@@ -6,15 +6,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from pathlib import Path
 
 from simpletuner.data.batching import TooFew, groups, minimum_repeats, num_batches, settle
 from simpletuner.data.captions import BadCaption, lacks_instance_prompt
-from simpletuner.data.discovery import Progress, Scan, learn_contents, read_each
+from simpletuner.data.discovery import Progress, Scan, learn_contents, part_of, read_each
+from simpletuner.data.finding import FoundImages
 from simpletuner.data.hashing import content_hash
 from simpletuner.data.image_index import open_index
-from simpletuner.data.plan import FoundImages, SortedImages, sort_images
+from simpletuner.data.plan import SortedImages, sort_images
 from simpletuner.data.records import Bucket, Dropped, DropReason, Size
 from simpletuner.data.spec import BatchMixing, DatasetSpec
 from simpletuner.data.storage import FileInfo, OtherFiles, Storage, Unreadable
@@ -127,7 +127,11 @@ def find_duplicates(
     with open_index(cache_dir) as index:
         for storage, files in wanted:
             contents, _ = learn_contents(
-                storage, files, index, on_progress=partial(_report, on_progress, done, total), max_workers=max_workers
+                storage,
+                files,
+                index,
+                on_progress=part_of(on_progress, before=done, total=total),
+                max_workers=max_workers,
             )
             done += len(files)
             for key, content in contents.items():
@@ -157,10 +161,6 @@ def _middle(storage: Storage, file: FileInfo) -> bytes:
     with storage.open(file) as stream:
         stream.seek(file.size_bytes // 2)
         return stream.read(_PIECE_BYTES)
-
-
-def _report(on_progress: Progress, before: int, total: int, done: int, _total_of_place: int) -> None:
-    on_progress(before + done, total)
 
 
 def _survey(spec: DatasetSpec, scan: Scan, in_order: SortedImages, batch_size: int) -> DatasetSurvey:

@@ -351,7 +351,7 @@ def phase_pace(phase: t.RunPhase, elapsed_s: float, language: str) -> list[str]:
 
 
 def phase_news(phase: t.RunPhase, language: str) -> list[str]:
-    """ "new: 3" or "nothing new" of a finished phase that found some of its work done before. Bytes are none of it."""
+    """ "new: 3" or "nothing new" of a finished phase that found some of its work done before; not of bytes."""
     if phase.before == 0 or phase.unit == "bytes":
         return []
     made = phase.done - phase.before

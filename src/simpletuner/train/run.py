@@ -511,7 +511,8 @@ def micro_batches(
     masks: Masks | None = None,
 ) -> Generator[MicroBatch]:
     """This rank's micro-batches from number `start` on, without end, on `device`; `sigma_offsets` by dataset."""
-    batches = iterate_batches(sampler, latents, start=start, prefetch=prefetch, masks=masks)
+    pins = device.type == "cuda"
+    batches = iterate_batches(sampler, latents, start=start, prefetch=prefetch, masks=masks, pins=pins)
     for index, batch in enumerate(batches, start):
         yield MicroBatch(
             index=index,

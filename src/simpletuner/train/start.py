@@ -15,9 +15,10 @@ from typing import cast
 from simpletuner.config.datasets import CaptionShuffle, DatasetsConfig, ImageDataset, TextEmbeds, takes_fresh_crops
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
+from simpletuner.data.finding import has_kept_listing
 from simpletuner.data.held_out import HeldOut, choose_held_out, trained_warnings
 from simpletuner.data.mask_pairs import MaskFiles, pair_masks
-from simpletuner.data.plan import build_plan, has_kept_listing, unreadable_warnings
+from simpletuner.data.plan import build_plan, unreadable_warnings
 from simpletuner.data.records import DatasetPlan, DropReason, Plan, Size
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import AspectChoice, CaptionSpec, CropStyle, DatasetSpec, ResizeSpec, Schedule, ShuffleSpec

@@ -9,8 +9,9 @@ from simpletuner.catalog.families import FLAVOURS
 from simpletuner.config.load import LoadedConfig
 from simpletuner.config.root import Config
 from simpletuner.data.caption_survey import CaptionSurvey, survey_captions
+from simpletuner.data.finding import FoundImages, find_images
 from simpletuner.data.held_out import HeldOut, trained_warnings
-from simpletuner.data.plan import FoundImages, find_images, make_plan, plan_datasets, unreadable_warnings
+from simpletuner.data.plan import make_plan, plan_datasets, unreadable_warnings
 from simpletuner.data.records import DatasetPlan
 from simpletuner.data.sampler import Sampler
 from simpletuner.data.spec import DatasetSpec
