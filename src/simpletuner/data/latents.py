@@ -26,7 +26,7 @@ from simpletuner.data.discovery import Progress, learn_contents, part_of, reason
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.image_index import open_index
 from simpletuner.data.images import UnreadableImageError, cut, decode, without_decoder_warnings
-from simpletuner.data.plan import shown_names
+from simpletuner.data.plan_problems import shown_names
 from simpletuner.data.records import TOLD, Geometry, ImageRecord, Plan, Sample, Size
 from simpletuner.data.storage import ChangedFileError, FileInfo, Storage
 from simpletuner.data.storages.errors import StorageError
