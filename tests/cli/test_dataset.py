@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from simpletuner.cli.main import main
+from simpletuner.data.records import TOLD, Trait
 from simpletuner.i18n import LANGUAGES, text
 from simpletuner.models.z_image.tokens import find_tokenizer, token_counter
 from simpletuner.problems import ExitCode
@@ -322,6 +323,12 @@ def test_looking_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("HEAVY []\n")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("trait", [*get_args(Trait), TOLD])
+def test_every_kind_of_image_has_a_name(trait: str, language: str) -> None:
+    assert "data_command" not in text(f"data_command.trait.{trait}", language)
 
 
 def test_the_help_teaches_and_a_wrong_action_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from simpletuner.config import ImageDataset
 from simpletuner.config.datasets import dataset_options
 from simpletuner.config.json_text import parse_json
+from simpletuner.i18n import render_problem
 
 EXAMPLE = Path(__file__).parents[2] / "config/multidatabackend.json.example"
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
@@ -170,3 +171,31 @@ def test_the_example_names_only_declared_keys():
 def test_datasets_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         ImageDataset(id="a", instance_data_dir="x").repeats = 2
+
+
+@pytest.mark.parametrize(
+    ("options", "entry", "words"),
+    [
+        ({"output_dir": "x/out"}, {}, ["output_dir", "out"]),
+        ({"cache_dir": "x"}, {}, ["cache_dir"]),
+        ({}, {"cache_dir_vae": "x/.vae"}, ["a.cache_dir_vae"]),
+        ({}, {"instance_data_dir": "."}, ["output_dir"]),
+    ],
+)
+def test_nothing_is_written_into_a_folder_of_images(project, options, entry, words):
+    project.write("config/config.json", {"validation_disable": True, **options})
+    entries = [{"id": "a", "instance_data_dir": "x", **entry}, {"id": "b", "instance_data_dir": "xy"}]
+    project.write("config/multidatabackend.json", entries)
+    problem = project.problem("E-DATASET-WRITTEN")
+    assert problem.path == "/0/instance_data_dir"
+    for language in ("en", "es"):
+        told = " ".join(filter(None, render_problem(problem, language)))
+        assert all(word in told for word in ["a", str(project.folder), *words])
+
+
+def test_the_cache_of_one_embeds_entry_in_the_images_of_another_dataset(with_datasets):
+    entries = [
+        {"id": "a", "instance_data_dir": "x"},
+        {"id": "t", "dataset_type": "text_embeds", "default": True, "cache_dir": "x/text"},
+    ]
+    assert with_datasets(entries).problem("E-DATASET-WRITTEN").params["key"] == "t.cache_dir"

@@ -61,6 +61,7 @@ PROBLEMS = {
         ["aws_access_key_id", "aws_secret_access_key"],
     ),
     "token": ({**S3, "aws_session_token": "t"}, "E-DATASET-CREDENTIALS", ["aws_session_token"]),
+    "user": ({**S3, "aws_endpoint_url": "https://me:x@minio:9000/y"}, "E-DATASET-ENDPOINT-USER", ["aws_endpoint_url"]),
     "filter": ({**HUB, "huggingface": {"filter_func": {"x": 1}}}, "E-DATASET-NOT-YET", ["huggingface.filter_func"]),
     "misspelt": ({**HUB, "huggingface": {"steaming": True}}, "E-DATASET-KEY", ["huggingface.streaming"]),
     "beginning": ({**URLS, "csv_url": "u"}, "E-DATASET-KEY", ["csv_url_column"]),

@@ -61,6 +61,12 @@ def test_each_line_of_a_text_file_is_a_caption(data: bytes, captions: tuple[str,
     assert read_captions("a/v1.0 image.jpg", TEXTFILE, {"a/v1.0 image.txt": data}) == captions
 
 
+def test_the_ending_of_a_text_file_may_be_in_capitals() -> None:
+    texts = {"DSC1.TXT": b"loud", "both.txt": b"quiet", "both.TXT": b"loud"}
+    assert read_captions("DSC1.JPG", TEXTFILE, texts) == ("loud",)
+    assert read_captions("both.jpg", TEXTFILE, texts) == ("quiet",)
+
+
 def test_lines_stay_together_on_request() -> None:
     spec = CaptionSpec(caption_strategy="textfile", disable_multiline_split=True)
     assert read_captions("a.png", spec, {"a.txt": b"one\r\ntwo\r\n"}) == ("one\ntwo",)

@@ -257,6 +257,21 @@ def test_a_file_that_changes_or_goes_after_the_scan_is_told(
     assert "1.png (" in titles
 
 
+def test_a_thousand_files_that_are_gone_do_not_fill_the_console(make_plan: MakePlan, vae: Any, tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    for number in range(150):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / "many" / f"{number:03}.png")
+    plan = make_plan(spec_of(tmp_path / "many"))
+    shutil.rmtree(tmp_path / "many")
+    with pytest.raises(DatasetError) as caught:
+        cache(plan, vae, tmp_path / "latents")
+    (problem,) = caught.value.problems
+    files = str(problem.params["files"])
+    assert problem.params["count"] == 150
+    assert (files.index("000.png"), "099.png" in files, "100.png" in files) == (0, True, False)
+    assert files.endswith("(+50)")
+
+
 def test_a_latent_that_is_not_finite_is_told(
     folder: Path, make_plan: MakePlan, vae: Any, tmp_path: Path, told: Told
 ) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from simpletuner.data.workers import ThreadPool, in_order, until_done
+from simpletuner.data.workers import ThreadPool, in_order, process_pool, until_done
+from simpletuner.i18n import LANGUAGES, render_problem
+from simpletuner.problems import ExitCode, SimpletunerError
 
 _MASKS = """
 import signal
-from simpletuner.data.workers import process_pool
+from simpletuner.data.workers import ThreadPool, in_order, process_pool, until_done
+from simpletuner.i18n import LANGUAGES, render_problem
+from simpletuner.problems import ExitCode, SimpletunerError
 
 def held():
     return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -32,7 +37,9 @@ def test_a_process_that_is_still_starting_leaves_ctrl_c_alone():
 
 _LEAVING = """
 import threading, time
-from simpletuner.data.workers import ThreadPool, in_order, until_done
+from simpletuner.data.workers import ThreadPool, in_order, process_pool, until_done
+from simpletuner.i18n import LANGUAGES, render_problem
+from simpletuner.problems import ExitCode, SimpletunerError
 
 pool = ThreadPool(2)
 try:
@@ -69,3 +76,13 @@ def test_a_pool_that_is_shut_down_drops_what_is_not_begun():
         raise RuntimeError
     gate.set()
     assert all(future.cancelled() for future in waiting)
+
+
+def test_a_process_that_the_system_ended_is_told_as_such():
+    pool = process_pool(1)
+    with pytest.raises(SimpletunerError) as caught, until_done(pool):
+        list(in_order(os._exit, [9], pool, num_ahead=2))
+    assert caught.value.exit_code is ExitCode.ENVIRONMENT
+    (problem,) = caught.value.problems
+    for language in LANGUAGES:
+        assert "max_workers" in str(render_problem(problem, language))

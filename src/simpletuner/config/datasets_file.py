@@ -28,6 +28,7 @@ from simpletuner.config.fields import Option
 from simpletuner.config.json_text import JsonDocument, parse_json, read_text, repeated_key_warnings
 from simpletuner.config.names import closest_key
 from simpletuner.config.paths import as_file_name, fill_path, is_file, is_folder, path_exists, shown_path
+from simpletuner.config.place_rules import places_in_image_folders
 from simpletuner.config.root import Config
 from simpletuner.config.schedule_rules import uncovered
 from simpletuner.config.settings import Origin, OriginKind, Setting
@@ -117,24 +118,29 @@ class _Reader:
         if not images and not has_errors:
             self._add("E-DATASETS-NONE", "", file=self._shown)
         for problem in broken_references(entries, written=self._written, unread=unread):
-            entry, _, key = (problem.path or "").rpartition("/")
-            pointer = f"{ids[entry].removesuffix('/id')}/{key}"
-            self._problems.append(replace(problem, origin=self._place(pointer), path=pointer))
+            self._add_about_entry(problem, ids)
         self._check_schedules(images, ids)
         text_embeds = [entry for entry in entries if isinstance(entry, TextEmbeds)]
         image_embeds = [entry for entry in entries if isinstance(entry, ImageEmbeds)]
         chosen = next(iter([e for e in text_embeds if e.default] or text_embeds), None)
-        return self._result(
-            DatasetsConfig(
-                images=tuple(self._with_latents(dataset, image_embeds) for dataset in images),
-                evals=tuple(self._with_latents(d, image_embeds) for d in datasets if d.dataset_type == "eval"),
-                masks=tuple(dataset for dataset in datasets if dataset.dataset_type == "conditioning"),
-                text_embeds=(chosen or self._inherited_embeds()).model_copy(update={"default": True}),
-                other_text_embeds=tuple(entry for entry in text_embeds if entry is not chosen),
-                image_embeds=tuple(image_embeds),
-                path=path,
-            )
+        datasets_config = DatasetsConfig(
+            images=tuple(self._with_latents(dataset, image_embeds) for dataset in images),
+            evals=tuple(self._with_latents(d, image_embeds) for d in datasets if d.dataset_type == "eval"),
+            masks=tuple(dataset for dataset in datasets if dataset.dataset_type == "conditioning"),
+            text_embeds=(chosen or self._inherited_embeds()).model_copy(update={"default": True}),
+            other_text_embeds=tuple(entry for entry in text_embeds if entry is not chosen),
+            image_embeds=tuple(image_embeds),
+            path=path,
         )
+        for problem in places_in_image_folders(self._config, datasets_config):
+            self._add_about_entry(problem, ids)
+        return self._result(datasets_config)
+
+    def _add_about_entry(self, problem: Problem, ids: Mapping[str, str]) -> None:
+        """A problem whose path is an id and a key."""
+        entry, _, key = (problem.path or "").rpartition("/")
+        pointer = f"{ids[entry].removesuffix('/id')}/{key}"
+        self._problems.append(replace(problem, origin=self._place(pointer), path=pointer))
 
     def _result(self, config: DatasetsConfig | None) -> DatasetsResult:
         return DatasetsResult(

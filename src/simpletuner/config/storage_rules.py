@@ -66,6 +66,7 @@ def broken_storage_rules(dataset: ImageDataset, *, written: frozenset[str]) -> I
         _metadata,
         _parquet,
         _credentials,
+        _endpoint,
         _packages,
         _no_place,
     )
@@ -111,6 +112,14 @@ def _choice(dataset: ImageDataset, key: str, value: str, choices: tuple[str, ...
     params = {"id": dataset.id, "key": key, "value": value, "type": dataset.type, "choices": ", ".join(choices)}
     fixes = (Fix(key=key, value=choices[0]),)
     return Problem(code="E-DATASET-TYPE-CHOICE", params=params, path=f"/{key}", fixes=fixes)
+
+
+def _endpoint(dataset: ImageDataset) -> Problem | None:
+    """A name and a password in an address would be shown wherever it is, and no server of this kind takes them."""
+    host = (dataset.storage.s3.aws_endpoint_url or "").partition("://")[2].partition("/")[0]
+    if "@" not in host:
+        return None
+    return Problem(code="E-DATASET-ENDPOINT-USER", params={"id": dataset.id}, path="/aws_endpoint_url")
 
 
 def _parquet(dataset: ImageDataset) -> Problem | None:

@@ -116,7 +116,7 @@ def _from_table(image: str, rows: Mapping[str, TableRow]) -> tuple[str, ...] | B
 
 def _from_text_file(image: str, spec: CaptionSpec, texts: Mapping[str, bytes]) -> tuple[str, ...] | BadCaption:
     key = caption_key(image)
-    data = texts.get(key)
+    data = texts.get(key, texts.get(key.removesuffix(CAPTION_EXTENSION) + CAPTION_EXTENSION.upper()))
     if data is None:
         return BadCaption(key=key, fault=CaptionFault.MISSING)
     try:

@@ -26,6 +26,7 @@ from simpletuner.data.discovery import Progress, learn_contents, part_of, reason
 from simpletuner.data.hashing import stable_hash
 from simpletuner.data.image_index import open_index
 from simpletuner.data.images import UnreadableImageError, cut, decode, without_decoder_warnings
+from simpletuner.data.plan_problems import shown_names
 from simpletuner.data.records import TOLD, Geometry, ImageRecord, Plan, Sample, Size
 from simpletuner.data.storage import ChangedFileError, FileInfo, Storage
 from simpletuner.data.storages.errors import StorageError
@@ -393,17 +394,18 @@ def encode_pixels(pixels: Sequence[Pixels], encoder: LatentEncoder, names: Seque
 def _failure_problems(bad: Sequence[_BadImage]) -> list[Problem]:
     """What to tell of files that could not be read."""
     problems: list[Problem] = []
+    bad = sorted(bad, key=lambda item: item.file.key)
     changed = [item.storage.shown(item.file.key) for item in bad if isinstance(item.error, ChangedFileError)]
     other_sizes = [item for item in bad if isinstance(item.error, OtherSizeError)]
     failed = [item for item in bad if not isinstance(item.error, (ChangedFileError, OtherSizeError))]
     if failed:
         names = [f"{item.file.key} ({reason_of(item.error)})" for item in failed]
-        params = {"count": len(names), "folder": failed[0].storage.id, "files": ", ".join(names)}
+        params = {"count": len(names), "folder": failed[0].storage.id, "files": shown_names(names)}
         problems.append(Problem(code="E-IMAGE-UNREADABLE", params=params))
     if changed:
-        problems.append(Problem(code="E-IMAGE-CHANGED", params={"count": len(changed), "files": ", ".join(changed)}))
+        problems.append(Problem(code="E-IMAGE-CHANGED", params={"count": len(changed), "files": shown_names(changed)}))
     if other_sizes:
         names = [f"{item.storage.shown(item.file.key)} ({reason_of(item.error)})" for item in other_sizes]
-        params = {"id": other_sizes[0].dataset_id, "count": len(names), "files": ", ".join(names)}
+        params = {"id": other_sizes[0].dataset_id, "count": len(names), "files": shown_names(names)}
         problems.append(Problem(code="E-TABLE-SIZE", params=params))
     return problems

@@ -10,10 +10,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
+
+from simpletuner.problems import ExitCode, Problem, SimpletunerError
 
 _Args = ParamSpec("_Args")
 _Task = TypeVar("_Task")
@@ -90,6 +93,7 @@ def in_order(
     """Yield every task with its result, in order, while later ones are being done.
 
     At most `num_ahead` tasks are begun and not yet taken: that bounds the memory of their results.
+    Raises: SimpletunerError: a process was ended from outside.
     """
     pending: deque[tuple[_Task, Future[_Result]]] = deque()
     try:
@@ -101,6 +105,8 @@ def in_order(
         while pending:
             done, future = pending.popleft()
             yield done, future.result()
+    except BrokenProcessPool as error:
+        raise SimpletunerError(Problem(code="E-WORKER-ENDED"), ExitCode.ENVIRONMENT) from error
     finally:
         for _, future in pending:
             future.cancel()

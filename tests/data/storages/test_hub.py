@@ -134,6 +134,15 @@ def test_a_stream_that_was_listed_is_read_without_its_source(tmp_path, storage):
         found.list_files()
 
 
+def test_a_damaged_stream_is_read_anew(tmp_path, storage):
+    found = storage(as_parquet(tmp_path / "data"), streaming=True)
+    listing = found.list_files()
+    (kept,) = (tmp_path / "stream").glob("*.sqlite")
+    kept.write_bytes(b"no database " * 100)
+    assert found.list_files() == listing
+    assert [found.read(file) for file in listing.images] == IMAGES
+
+
 def test_of_a_stream_only_the_first_rows_are_taken(tmp_path, storage):
     source = as_parquet(tmp_path / "data")
     found = storage(source, streaming=True, max_rows=4)

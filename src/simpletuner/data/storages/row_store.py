@@ -43,9 +43,12 @@ class RowStore:
     path: Path
 
     def begin(self, identity: str) -> int:
-        """How many rows of the stream `identity` are there; those of another one are dropped."""
+        """How many rows of the stream `identity` are there; those of another one are dropped, and so is a damaged
+        file."""
         with storage_problems(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._is_database():
+                self.path.unlink()
         with self._connection() as rows:
             if rows.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
                 rows.executescript(_SCHEMA)
@@ -92,6 +95,17 @@ class RowStore:
         with self._connection() as rows:
             for number, captions in rows.execute("SELECT number, captions FROM rows ORDER BY number"):
                 yield number, tuple(json.loads(captions))
+
+    def _is_database(self) -> bool:
+        """Whether the file is one, or not there yet."""
+        try:
+            with closing(sqlite3.connect(self.path, timeout=_LOCK_TIMEOUT_S)) as rows:
+                rows.execute("PRAGMA user_version").fetchone()
+        except sqlite3.OperationalError as error:  # locked, or not to be opened
+            raise OSError(errno.EIO, str(error)) from error
+        except sqlite3.DatabaseError:
+            return False
+        return True
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
