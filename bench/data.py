@@ -185,6 +185,7 @@ def plan_of(folder: Path, cache_dir: Path) -> Any:
 
 def scan(folder: Path, cache_dir: Path) -> dict[str, float]:
     """List, read what is new, plan. `discovery_s`: without captions and plan, on another index in the same state."""
+    from simpletuner.data.collector import collector_paused
     from simpletuner.data.discovery import scan as discover
     from simpletuner.data.image_index import open_index
 
@@ -194,7 +195,7 @@ def scan(folder: Path, cache_dir: Path) -> dict[str, float]:
     assert plan.datasets[0].num_images
     storage = spec_of(folder).storage
     begun_s = time.perf_counter()
-    with open_index(cache_dir.with_name(cache_dir.name + " discovery")) as index:
+    with collector_paused(), open_index(cache_dir.with_name(cache_dir.name + " discovery")) as index:
         discover(storage, storage.list_files(), index, on_progress=lambda done, total: None)
     figures["discovery_s"] = time.perf_counter() - begun_s
     return figures
@@ -268,7 +269,7 @@ def plain(folder: Path, _unused: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as place, measured(figures), torch.no_grad():
         for number, path in enumerate(sorted(folder.rglob("*.jpg"))):
             image = ImageOps.exif_transpose(Image.open(path).convert("RGB"))
-            geometry = fit(image.size, spec, seed=1, content_id=path.name)
+            geometry = fit(image.size, spec, seed=1, key=path.name)
             (left, top), (width, height) = geometry.crop, geometry.target
             image = image.resize(geometry.intermediary, Image.Resampling.LANCZOS)
             image = image.crop((left, top, left + width, top + height))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from simpletuner.data.batching import TooFew, settle
 from simpletuner.data.captions import BadCaption, lacks_instance_prompt, read_captions
+from simpletuner.data.collector import collector_paused
 from simpletuner.data.discovery import Progress
 from simpletuner.data.finding import FoundImages, find_images, list_storages
 from simpletuner.data.geometry import fit
@@ -68,11 +69,12 @@ def build_plan(
         sampling: what a dataset's share of the batches follows.
     Raises: DatasetError with every problem of every dataset.
     """
-    found = find_images(specs, cache_dir=cache_dir, on_progress=on_progress, max_workers=max_workers)
-    datasets, problems = plan_datasets(specs, found, seed=seed, batch_size=batch_size)
-    if problems:
-        raise DatasetError([*problems, *skipped_warnings(specs, found.scans)])
-    return make_plan(datasets, sampling)
+    with collector_paused():
+        found = find_images(specs, cache_dir=cache_dir, on_progress=on_progress, max_workers=max_workers)
+        datasets, problems = plan_datasets(specs, found, seed=seed, batch_size=batch_size)
+        if problems:
+            raise DatasetError([*problems, *skipped_warnings(specs, found.scans)])
+        return make_plan(datasets, sampling)
 
 
 def make_plan(datasets: Sequence[DatasetPlan], sampling: Sampling) -> Plan:
