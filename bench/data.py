@@ -1,9 +1,10 @@
 """Scans of large folders, cold and warm, their memory, and the caching of latents beside a plain loop.
 
-Folders of generated JPEGs with captions; every scan is a process of its own, measured with its children. The plain
-loop is what a script would do: PIL, resize, crop, `AutoencoderKL.encode`, one image after the other.
+Folders of generated JPEGs with captions; every scan is a process of its own, measured with its children. Photographs of
+12 megapixels are cached; the plain loop is what a script would do: PIL, resize, crop, `AutoencoderKL.encode`, one image
+after the other.
 
-    python bench/data.py [--images 20000] [--many 100000] [--encode 192] [--repeats 3] [--threads N]
+    python bench/data.py [--images 20000] [--many 100000] [--encode 48] [--repeats 3] [--threads N]
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 SOURCE_SIZES = ((640, 480), (480, 640), (512, 512), (768, 512))
+PHOTO_SIZES = ((4000, 3000), (3000, 4000))
 NUM_SOURCES = 64
 RESOLUTION_PX = 256
 AIMS = {"scan_5000_cpu_s": 5.0, "warm_speedup": 50.0, "peak_bytes_above_imports": 1 << 30}
@@ -33,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--many", type=int, default=100_000)
-    parser.add_argument("--encode", type=int, default=192)
+    parser.add_argument("--encode", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
@@ -78,7 +80,7 @@ def measure(place: Path, options: argparse.Namespace) -> dict[str, Any]:
             f"        warm is {found['listing_speedup']:.0f} times as fast ({found['plan_speedup']:.0f} with the plan)"
         )
     folder = place / "encode"
-    write_images(folder, options.encode)
+    write_images(folder, options.encode, PHOTO_SIZES)
     ours: list[dict[str, float]] = []
     plain_loop: list[dict[str, float]] = []
     for repeat in range(options.repeats):
@@ -107,15 +109,15 @@ def summary(runs: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(figures[name] for figures in runs) for name in runs[0]}
 
 
-def write_images(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int, sizes: Sequence[tuple[int, int]] = SOURCE_SIZES) -> None:
     """`count` JPEGs with captions. Their pixels repeat, their bytes, names and captions do not."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir()
     sources: list[bytes] = []
-    for number in range(NUM_SOURCES):
-        width, height = SOURCE_SIZES[number % len(SOURCE_SIZES)]
+    for number in range(min(NUM_SOURCES, count)):
+        width, height = sizes[number % len(sizes)]
         colours = np.random.default_rng(number).integers(0, 256, (24, 32, 3), dtype=np.uint8)
         path = folder / "source.jpg"
         Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC).save(path, quality=90)
@@ -126,7 +128,7 @@ def write_images(folder: Path, count: int) -> None:
         directory = folder / f"{number // 1000:03}"
         directory.mkdir(exist_ok=True)
         path = directory / f"photo {number:06}.jpg"
-        path.write_bytes(sources[number % NUM_SOURCES] + number.to_bytes(4, "little"))
+        path.write_bytes(sources[number % len(sources)] + number.to_bytes(4, "little"))
         text = path.with_suffix(".txt")
         text.write_text(f"a photo of number {number}, in colours that nobody would call calm")
         for file in (path, text):
