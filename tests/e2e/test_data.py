@@ -38,7 +38,7 @@ def test_an_image_found_broken_while_caching_is_left_out_of_cold_and_warm_runs_a
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["vae_cache_ondemand", "vae_cache_disable"])
 def test_encoding_while_training_makes_the_steps_of_a_cache_whether_resumed_or_not(project, train, way):
-    train("--output_dir=cached", "--cache_dir=one", "--vae_batch_size=1")
+    train("--output_dir=cached", "--cache_dir=one")
     train("--output_dir=straight", "--cache_dir=two", f"--{way}=true")
     train("--output_dir=halves", "--cache_dir=three", f"--{way}=true", "--max_train_steps=3")
     train("--output_dir=halves", "--cache_dir=three", f"--{way}=true")
