@@ -27,9 +27,10 @@ LOKR = {
 }
 
 
-def run(project, folder: str, *arguments: str) -> None:
-    done = project.run("train", f"--output_dir={folder}", *arguments)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def run(train):
+    """run(folder, *words): a run in a folder of its own."""
+    return lambda folder, *words: train(f"--output_dir={folder}", *words)
 
 
 @pytest.fixture
@@ -39,11 +40,11 @@ def lokr(project):
     return project
 
 
-def test_a_lokr_that_stops_and_goes_on_is_the_one_that_was_left_alone(lokr):
-    run(lokr, "straight", *flags(VALIDATION))
+def test_a_lokr_that_stops_and_goes_on_is_the_one_that_was_left_alone(lokr, run):
+    run("straight", *flags(VALIDATION))
     assert lokr.losses(lokr.root / "straight").keys() == set(range(1, 7))
     for steps in (2, 4, 6):
-        run(lokr, "pieces", f"--max_train_steps={steps}", *flags(OFFLOADS["blocks"] if steps == 4 else {}))
+        run("pieces", f"--max_train_steps={steps}", *flags(OFFLOADS["blocks"] if steps == 4 else {}))
     assert_same_weights(lokr.root / "straight", lokr.root / "pieces")
     assert lokr.losses(lokr.root / "straight") == lokr.losses(lokr.root / "pieces")
     names = load_file(lokr.root / "straight" / WEIGHTS)
@@ -52,19 +53,19 @@ def test_a_lokr_that_stops_and_goes_on_is_the_one_that_was_left_alone(lokr):
     assert len(set(pictures(lokr.root / "straight").values())) > 2
 
 
-def test_a_lokr_on_a_quantised_base_streams_bit_for_bit(lokr):
+def test_a_lokr_on_a_quantised_base_streams_bit_for_bit(lokr, run):
     lokr.set(base_model_precision="int8", max_train_steps=2)
-    run(lokr, "plain")
-    run(lokr, "streamed", *flags(OFFLOADS["leaves from disk"]))
+    run("plain")
+    run("streamed", *flags(OFFLOADS["leaves from disk"]))
     assert_same_weights(lokr.root / "plain", lokr.root / "streamed")
 
 
-def test_all_weights_updated_inside_backward_stop_and_go_on_as_if_nothing_had_happened(project):
+def test_all_weights_updated_inside_backward_stop_and_go_on_as_if_nothing_had_happened(project, run):
     """Two pieces with updates inside backward are the whole with updates after it."""
     project.set(model_type="full", max_grad_norm=0.01, grad_clip_method="value", learning_rate=1e-4)
-    run(project, "straight", "--optimizer_release_gradients=false", *flags(VALIDATION))
+    run("straight", "--optimizer_release_gradients=false", *flags(VALIDATION))
     for steps in (3, 6):
-        run(project, "pieces", f"--max_train_steps={steps}")
+        run("pieces", f"--max_train_steps={steps}")
     one, other = (load_file(project.root / folder / MODEL) for folder in ("straight", "pieces"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert project.losses(project.root / "straight") == project.losses(project.root / "pieces")

@@ -21,7 +21,7 @@ def write_assistant(path):
 
 
 @pytest.mark.slow
-def test_images_show_the_plain_base_and_the_file_holds_only_the_trained_adapter(project):
+def test_images_show_the_plain_base_and_the_file_holds_only_the_trained_adapter(project, train):
     write_assistant(project.root / "assistant.safetensors")
     project.set(
         validation_disable=False,
@@ -32,8 +32,7 @@ def test_images_show_the_plain_base_and_the_file_holds_only_the_trained_adapter(
     )
     runs = {"plain": (), "helped": ("--assistant_lora_path", "assistant.safetensors")}
     for run, words in runs.items():
-        done = project.run("train", "--output_dir", run, *words)
-        assert done.returncode == 0, done.stderr
+        train(f"--output_dir={run}", *words)
     base = [next((project.root / run / "validation_images").glob("step_0_*.png")) for run in runs]
     assert base[0].read_bytes() == base[1].read_bytes()
     assert project.losses(project.root / "plain") != project.losses(project.root / "helped")
@@ -46,7 +45,7 @@ def test_images_show_the_plain_base_and_the_file_holds_only_the_trained_adapter(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_makes_the_steps_of_one_that_was_left_alone(project):
+def test_a_resumed_run_makes_the_steps_of_one_that_was_left_alone(project, train):
     """With a merged assistant, a regularisation dataset and the drift measured in between."""
     write_assistant(project.root / "assistant.safetensors")
     path = project.root / "config" / "multidatabackend.json"
@@ -66,8 +65,7 @@ def test_a_resumed_run_makes_the_steps_of_one_that_was_left_alone(project):
     )
     for name, words in {"straight": [()], "resumed": [("--max_train_steps", "4"), ()]}.items():
         for more in words:
-            done = project.run("train", "--output_dir", name, *more)
-            assert done.returncode == 0, done.stderr
+            train(f"--output_dir={name}", *more)
     straight, resumed = project.root / "straight", project.root / "resumed"
     assert project.losses(straight) == project.losses(resumed)
     weights = [(run / "pytorch_lora_weights.safetensors").read_bytes() for run in (straight, resumed)]

@@ -34,7 +34,7 @@ def picture(project, entry):
     return Image.open(project.output / "validation_images" / entry["file"]).convert("RGB")
 
 
-def test_the_file_gives_our_image_in_diffusers(demo):
+def test_the_file_gives_our_image_in_diffusers(demo, caplog):
     """The last validation image, drawn again by ZImagePipeline from the same noise with the saved LoRA."""
     from diffusers import ZImagePipeline
     from diffusers.utils import logging
@@ -43,7 +43,7 @@ def test_the_file_gives_our_image_in_diffusers(demo):
 
     base = f"{simpletuner.__path__[0]}/assets/demo_base"
     pipeline = ZImagePipeline.from_pretrained(base, dtype=torch.float32)
-    logging.set_verbosity_error()
+    caplog.set_level(logging.ERROR, "diffusers")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(demo.output), weight_name="pytorch_lora_weights.safetensors")
     last = max(entry["step"] for entry in entries(demo))

@@ -44,7 +44,7 @@ def held_out(project, output=None) -> dict[int, dict[str, float]]:
     return found
 
 
-def test_what_the_masks_show_is_learnt_and_what_they_hide_is_not(project):
+def test_what_the_masks_show_is_learnt_and_what_they_hide_is_not(project, train):
     write_masks(project)
     project.set_dataset(caption_dropout_probability=0)
     project.set(
@@ -57,8 +57,7 @@ def test_what_the_masks_show_is_learnt_and_what_they_hide_is_not(project):
         eval_timesteps=3,
         num_eval_images=6,
     )
-    done = project.run("train")
-    assert done.returncode == 0, done.stderr
+    train()
     losses = held_out(project)
     assert sorted(losses) == [0, 30]
     before, after = losses[0], losses[30]
@@ -66,7 +65,7 @@ def test_what_the_masks_show_is_learnt_and_what_they_hide_is_not(project):
     assert after["outside-held-out"] > 0.95 * before["outside-held-out"], "without a mask it falls by two fifths"
 
 
-def test_measuring_and_resuming_change_no_step(project):
+def test_measuring_and_resuming_change_no_step(project, train):
     """With masks of half the pictures, an average of the weights, dropout: everything that draws."""
     write_masks(project)
     project.set(
@@ -81,13 +80,9 @@ def test_measuring_and_resuming_change_no_step(project):
         eval_steps_interval=2,
     )
 
-    def run(*arguments: str) -> None:
-        done = project.run("train", *arguments)
-        assert done.returncode == 0, done.stderr
-
-    run("--eval_loss_disable", "--output_dir", "alone")
-    run("--max_train_steps", "2")
-    run()
+    train("--eval_loss_disable", "--output_dir=alone")
+    train("--max_train_steps=2")
+    train()
     alone = project.losses(project.root / "alone")
     assert sorted(alone) == [1, 2, 3, 4]
     assert alone == project.losses()

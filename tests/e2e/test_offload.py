@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.test_resume import assert_same_weights
 
-pytestmark = pytest.mark.slow(seconds=40)
+pytestmark = pytest.mark.slow(seconds=20)
 
 OFFLOADS = {
     "blocks": {
@@ -49,22 +49,23 @@ def pictures(output) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (output / "validation_images").glob("*.png")}
 
 
-def run(project, folder: str, *arguments: str) -> None:
-    done = project.run("train", f"--output_dir={folder}/ball", *arguments)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def run(train):
+    """run(folder, *words): a run in a folder of its own."""
+    return lambda folder, *words: train(f"--output_dir={folder}/ball", *words)
 
 
 @pytest.mark.parametrize(
     ("precision", "offloads"), [("no_change", ("blocks", "ramtorch")), ("int8", ("leaves from disk", "musubi"))]
 )
-def test_runs_with_and_without_are_the_same(project, precision, offloads):
+def test_runs_with_and_without_are_the_same(project, run, precision, offloads):
     project.set(base_model_precision=precision, lora_dropout=0.1, **VALIDATION)
-    run(project, "plain")
+    run("plain")
     losses, plain = project.losses(project.root / "plain/ball"), project.root / "plain/ball"
     assert len(losses) == 6 and len(pictures(plain)) > 2
     for number, name in enumerate(offloads):
         folder, options = f"offload{number}", OFFLOADS[name]
-        run(project, folder, *flags(options))
+        run(folder, *flags(options))
         assert project.losses(project.root / folder / "ball") == losses, options
         assert_same_weights(plain, project.root / folder / "ball")
         assert pictures(project.root / folder / "ball") == pictures(plain)
@@ -72,30 +73,30 @@ def test_runs_with_and_without_are_the_same(project, precision, offloads):
         assert "I-OFFLOAD" in codes
 
 
-def test_a_run_goes_on_with_another_offload(project):
+def test_a_run_goes_on_with_another_offload(project, run):
     """Two steps without, two with blocks, two from disk: the six of a run that was left alone."""
-    run(project, "plain")
+    run("plain")
     for steps, options in ((2, {}), (4, OFFLOADS["blocks"]), (6, OFFLOADS["leaves from disk"])):
-        run(project, "mixed", f"--max_train_steps={steps}", *flags(options))
+        run("mixed", f"--max_train_steps={steps}", *flags(options))
     assert_same_weights(project.root / "plain/ball", project.root / "mixed/ball")
     assert project.losses(project.root / "mixed/ball") == project.losses(project.root / "plain/ball")
 
 
-def test_a_kept_quantised_model_streams(project):
+def test_a_kept_quantised_model_streams(project, run):
     project.set(base_model_precision="int8", quantized_model_dir="kept")
-    run(project, "made", *flags({"enable_group_offload": True}))
+    run("made", *flags({"enable_group_offload": True}))
     made = {path: path.stat().st_mtime_ns for path in (project.root / "kept").iterdir()}
     assert made
-    run(project, "read", *flags({"enable_group_offload": True, "group_offload_type": "leaf_level"}))
-    run(project, "plain")
+    run("read", *flags({"enable_group_offload": True, "group_offload_type": "leaf_level"}))
+    run("plain")
     assert {path: path.stat().st_mtime_ns for path in (project.root / "kept").iterdir()} == made
     for folder in ("made", "read"):
         assert_same_weights(project.root / folder / "ball", project.root / "plain/ball")
 
 
-def test_a_run_that_is_killed_while_it_spills_can_be_started_again(project):
+def test_a_run_that_is_killed_while_it_spills_can_be_started_again(project, run):
     options = flags({"enable_group_offload": True, "group_offload_to_disk_path": "spill"})
-    run(project, "plain")
+    run("plain")
     for delay_s in (0.0, 0.02, 0.05, 0.1):
         process = project.start("train", *options)
         deadline = time.monotonic() + 60

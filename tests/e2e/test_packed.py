@@ -35,15 +35,13 @@ def shapes(project):
 
 
 @pytest.mark.slow
-def test_a_folder_of_many_shapes_trains_packed_and_resumed_equals_uninterrupted(shapes):
-    straight = shapes.run("train", "--output_dir", "straight")
-    assert straight.returncode == 0, straight.stderr
+def test_a_folder_of_many_shapes_trains_packed_and_resumed_equals_uninterrupted(shapes, train):
+    train("--output_dir=straight")
     reference = shapes.losses(shapes.root / "straight")
     assert sorted(reference) == list(range(1, 7))
 
     for steps in ("4", "6"):  # while both datasets are there, and after the first has left
-        result = shapes.run("train", "--max_train_steps", steps)
-        assert result.returncode == 0, result.stderr
+        train(f"--max_train_steps={steps}")
     assert shapes.losses() == reference
     first, second = (load_file(folder / WEIGHTS) for folder in (shapes.root / "straight", shapes.output))
     assert all(tensor.equal(second[name]) for name, tensor in first.items())

@@ -19,11 +19,6 @@ ON_A_CPU = sorted(
 )
 
 
-def train(project, output: str, *arguments: str) -> None:
-    done = project.run("train", "--output_dir", output, "--cache_dir", "cache", *arguments)
-    assert done.returncode == 0, done.stderr
-
-
 def end_of(project, output: str) -> float:
     """Mean loss of the last third of a run's steps."""
     losses = project.losses(project.root / output)
@@ -34,6 +29,7 @@ def end_of(project, output: str) -> float:
 @pytest.fixture
 def short(project):
     project.set(
+        cache_dir="cache",
         max_train_steps=NUM_STEPS,
         checkpoint_step_interval=NUM_STEPS // 2,
         train_batch_size=1,
@@ -43,11 +39,11 @@ def short(project):
 
 
 @pytest.mark.slow(seconds=65)
-def test_every_precision_learns_like_the_unquantised_base(short, record_property):
-    train(short, "no_change")
+def test_every_precision_learns_like_the_unquantised_base(short, train, record_property):
+    train("--output_dir=no_change")
     reference = end_of(short, "no_change")
     for precision in ON_A_CPU:
-        train(short, precision, "--base_model_precision", precision)
+        train(f"--output_dir={precision}", "--base_model_precision", precision)
         ratio = end_of(short, precision) / reference
         record_property(precision, ratio)
         print(f"{precision}: {ratio:.4f}")
@@ -59,12 +55,12 @@ def test_every_precision_learns_like_the_unquantised_base(short, record_property
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8-torchao", "nf4-bnb"])
-def test_a_run_on_a_quantised_base_resumes_bit_for_bit(short, precision):
+def test_a_run_on_a_quantised_base_resumes_bit_for_bit(short, train, precision):
     chosen = ("--base_model_precision", precision, "--quantized_model_dir", "kept")
-    train(short, "straight", *chosen)
+    train("--output_dir=straight", *chosen)
     half = short.root / "resumed" / f"checkpoint-{NUM_STEPS // 2}"
     shutil.copytree(short.root / "straight" / half.name, half)
-    train(short, "resumed", *chosen)
+    train("--output_dir=resumed", *chosen)
     steps = short.losses(short.root / "resumed")
     assert min(steps) == NUM_STEPS // 2 + 1
     straight = short.losses(short.root / "straight")
