@@ -265,15 +265,9 @@ def _make(
     with run.phase("environment"):
         from simpletuner.generate.adapters import complete_axis, find_adapter
         from simpletuner.generate.run import generate
-        from simpletuner.train.device import choose_compute, choose_device
+        from simpletuner.train.device import settle_compute
         from simpletuner.train.find import find_pipeline
-    compute, override = choose_compute(
-        choose_device(config.run.device),
-        mixed_precision=config.memory.mixed_precision,
-        base_model_default_dtype=config.memory.base_model_default_dtype,
-    )
-    if override is not None:
-        run.emit(override)
+    compute = settle_compute(config, run)
     with run.phase("download", unit="bytes") as progress:
         files = find_pipeline(
             config, lambda told: progress.update(told.done_bytes, total=told.size_bytes, detail=told.repo)

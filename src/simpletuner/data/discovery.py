@@ -143,8 +143,8 @@ def learn_contents(
 
     Returns them, and why the others could not be read, by key.
     """
-    contents = known_contents(storage, files, index)
     known = index.images(storage.id)
+    contents = _told_contents(storage, files, known)
     unknown = [file for file in files if file.key not in contents]
     failed: dict[str, OSError] = {}
     saved: dict[str, Known] = {}
@@ -170,7 +170,10 @@ def learn_contents(
 
 def known_contents(storage: Storage, files: Sequence[FileInfo], index: ImageIndex) -> dict[str, str]:
     """The content ids that need no reading, by key."""
-    known = index.images(storage.id)
+    return _told_contents(storage, files, index.images(storage.id))
+
+
+def _told_contents(storage: Storage, files: Sequence[FileInfo], known: Mapping[str, Known]) -> dict[str, str]:
     contents: dict[str, str] = {}
     for file in files:
         row = known.get(file.key)

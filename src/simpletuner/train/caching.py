@@ -15,7 +15,7 @@ from simpletuner.data.latents import PlanAgainError
 from simpletuner.data.records import Plan
 from simpletuner.events import types as t
 from simpletuner.events.progress import PhaseProgress, Reporter
-from simpletuner.train.device import choose_compute, choose_device
+from simpletuner.train.device import settle_compute
 from simpletuner.train.find import find_model
 from simpletuner.train.oom import is_out_of_memory, out_of_memory
 from simpletuner.train.prepare import Vae, fill_latent_cache, fill_mask_cache, fill_prompt_cache, run_prompts
@@ -80,13 +80,7 @@ def fill_caches(loaded: LoadedConfig, *, run: Reporter) -> CacheSummary:
 def _fill(config: Config, datasets: DatasetsConfig, run: _Counting) -> FoundData:
     """Fill the caches; what is left once the images that turned out to be unreadable are out."""
     found = find_data(config, datasets, run)
-    compute, override = choose_compute(
-        choose_device(config.run.device),
-        mixed_precision=config.memory.mixed_precision,
-        base_model_default_dtype=config.memory.base_model_default_dtype,
-    )
-    if override is not None:
-        run.emit(override)
+    compute = settle_compute(config, run)
     files, _ = find_model(config, run)
     more = validation_prompts(config, image_requests(config))
     vae = Vae(config, files=files, compute=compute, run=run)

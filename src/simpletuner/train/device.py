@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from simpletuner.config.root import Config
+from simpletuner.events.progress import Reporter
 from simpletuner.events.types import SettingOverridden
 from simpletuner.problems import ConfigError, Problem
 
@@ -58,6 +60,18 @@ def choose_device(requested: str) -> torch.device:
     if requested == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def settle_compute(config: Config, run: Reporter) -> Compute:
+    """Where a run computes and in which formats, as `config` says; a notice is told."""
+    compute, override = choose_compute(
+        choose_device(config.run.device),
+        mixed_precision=config.memory.mixed_precision,
+        base_model_default_dtype=config.memory.base_model_default_dtype,
+    )
+    if override is not None:
+        run.emit(override)
+    return compute
 
 
 def choose_compute(

@@ -54,7 +54,7 @@ from simpletuner.train.checkpoint import (
     save_checkpoint,
     total_bytes,
 )
-from simpletuner.train.device import Compute, choose_compute, choose_device, device_name
+from simpletuner.train.device import Compute, device_name, settle_compute
 from simpletuner.train.evaluate import Evaluator, HeldOutData, evaluation_interval
 from simpletuner.train.find import find_model
 from simpletuner.train.flow_options import deciding_options
@@ -161,7 +161,7 @@ class _Run:
     def carry_out(self) -> Outcome:
         config, run, checkpoint = self._config, self._run, self._start.checkpoint
         with self._stop.interruptible():
-            compute = self._choose_compute()
+            compute = settle_compute(config, run)
             start_step = self._check_checkpoint(checkpoint, self._recipe(self._start.plan))
             files, assistant_file = find_model(config, run)
             assistant = read_assistant(config, assistant_file, files.transformer)
@@ -301,16 +301,6 @@ class _Run:
             return draw, None
         store = fill_mask_cache(held_out.plan, files, config=config, datasets=datasets, run=self._run)
         return draw, HeldOutData(sets=held_out.sets, latents=latents, masks=store)
-
-    def _choose_compute(self) -> Compute:
-        compute, override = choose_compute(
-            choose_device(self._config.run.device),
-            mixed_precision=self._config.memory.mixed_precision,
-            base_model_default_dtype=self._config.memory.base_model_default_dtype,
-        )
-        if override is not None:
-            self._run.emit(override)
-        return compute
 
     def _recipe(self, plan: Plan) -> Recipe:
         config, trained = self._config, self._trained.identity
